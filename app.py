@@ -1,0 +1,1230 @@
+"""An OpenAI-compatible speech server for IndexTTS on vLLM; on a machine with no GPU an embedded voice speaks.
+
+Run:    gunicorn -c gunicorn.conf.py 'app:create_app()'        (make run does it all)
+
+POST /v1/audio/speech   OpenAI's createSpeech: wav, pcm, mp3, opus, aac or flac     (also /audio/speech)
+GET  /v1/audio/voices   the voices                                                  (also /audio/voices)
+GET  /v1/models         the model names, in OpenAI's shape; /v1/audio/models in Open WebUI's
+POST /tts_url           IndexTTS's native call, answers a WAV
+GET  /health            200 when an utterance would be spoken, else 503 and why
+
+One request's way: JSON -> SpeechRequest -> Voice -> utterances -> a slot of the engine for each -> audio -> bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import hmac
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import av
+import numpy as np
+import soundfile
+import soxr
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from werkzeug.exceptions import HTTPException, UnsupportedMediaType
+
+HERE = Path(__file__).resolve().parent
+RELEASE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # /health shows it: which app.py is this
+log = logging.getLogger("speech")
+
+
+# === Settings ===
+
+
+def split_list(value: object) -> object:
+    """Turn the comma-separated text of a variable into a tuple; leave anything else alone."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can set: each field is the variable TTS_<FIELD IN CAPITALS>."""
+
+    engine: Literal["auto", "embedded"] = "auto"  # auto takes the best engine this machine can run
+    voices_file: Path = HERE / "voices.json"
+    lexicon: Path | None = None  # pronunciations, word = reading, one a line
+    cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
+    api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open
+    slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances made at once; 0: what the engine proposes
+    threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of one embedded utterance; 0: all, 4 at the most
+    queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
+    utterance_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # patience for one utterance, its wait included
+    drain_timeout_s: Annotated[int, Field(ge=0)] = 600  # how long TERM waits for running requests
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
+
+    @classmethod
+    def from_env(cls, environ: dict[str, str] | None = None) -> Settings:
+        """Read the TTS_* variables once; raise ValueError naming the variable that is wrong, log unknown ones."""
+        environ = dict(os.environ) if environ is None else environ
+        given = {name: value for name, value in environ.items() if name.startswith("TTS_") and value}
+        known = {f"TTS_{f.name.upper()}": f.name for f in fields(cls)}
+        for name in sorted(given.keys() - known.keys()):
+            log.warning("unknown setting %s is ignored; the settings are %s", name, ", ".join(known))
+        values = {known[name]: value for name, value in given.items() if name in known}
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"TTS_{str(first['loc'][0]).upper()}: {first['msg']}, not {first['input']!r}") from None
+
+
+# === Constants ===
+
+MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
+MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
+PCM_RATE = 24_000  # Hz; what OpenAI's clients assume of raw pcm
+RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health answers
+LOOKAHEAD = 2  # utterances of one request submitted at once: one is made while one is sent
+CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
+RETRY_AFTER_S = 5
+SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
+OPEN_ENDPOINTS = {"speech.health", "speech.list_voices", "speech.list_models", "speech.list_audio_models"}
+
+MPEG_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A response format: what HTTP calls it, what FFmpeg calls it, its rates in Hz and its bit rate in bit/s."""
+
+    content_type: str
+    container: str
+    codec: str
+    rates: tuple[int, ...] = MPEG_RATES
+    bit_rate: int | None = None
+    whole: bool = False  # carries its length in its header, so it is sent in one piece unless `stream` is set
+    primed: bool = False  # its first packets hold the codec's delay, and nothing in the container says so
+    muxing: dict[str, str] = field(default_factory=dict)  # FFmpeg's options
+    coding: dict[str, str] = field(default_factory=dict)
+
+
+FORMATS = {
+    "wav": Format("audio/wav", "wav", "pcm_s16le", whole=True),
+    "flac": Format("audio/flac", "flac", "flac", whole=True),
+    "pcm": Format("audio/pcm", "s16le", "pcm_s16le", rates=(PCM_RATE,)),
+    "mp3": Format(
+        "audio/mpeg", "mp3", "libmp3lame", bit_rate=96_000, primed=True,
+        muxing={"id3v2_version": "0", "write_xing": "0"}, coding={"reservoir": "0"},
+    ),
+    "opus": Format("audio/ogg", "ogg", "libopus", (24_000, 48_000), 64_000, muxing={"page_duration": "200000"}),
+    "aac": Format("audio/aac", "adts", "aac", bit_rate=96_000, primed=True),
+}
+
+
+# === Errors ===
+
+
+class SpeechError(Exception):
+    """Base of what a client is told; `status` is the HTTP status, the rest is OpenAI's envelope."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message, self.param, self.code = message, param, code or self.code
+
+    def headers(self) -> dict[str, str]:
+        """Headers beside the envelope: when to come back, where that makes sense."""
+        if self.status not in (429, 503):
+            return {}
+        return {"Retry-After": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
+
+
+class InvalidRequest(SpeechError):
+    """400: the request is wrong, and the message says how to put it right."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidKey(SpeechError):
+    """401: no key, or not one of TTS_API_KEYS."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class Busy(SpeechError):
+    """429: the queue is full."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(SpeechError):
+    """503: loading, unhealthy, or too late."""
+
+    status = 503
+    code = "unavailable"
+
+
+class EngineFault(SpeechError):
+    """500: the engine gave something that is not speech."""
+
+    code = "engine_fault"
+
+
+class ClientGone(ConnectionResetError):
+    """The client left; gunicorn closes such a connection quietly and without ending the body."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNRESET, "the client left")
+
+
+# === Requests ===
+
+
+def voice_name(value: object) -> object:
+    """Take OpenAI's custom voice object {"id": NAME} for NAME."""
+    return value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
+
+
+def spoken_text(value: str) -> str:
+    """Trim text to be spoken; raise ValueError where nothing is left or it holds what is no character."""
+    if re.search("[\0\ud800-\udfff]", value):
+        raise ValueError("must not contain NUL characters or lone surrogates")
+    if not value.strip():
+        raise ValueError("must not be empty: give the text to be spoken")
+    return value.strip()
+
+
+def emotion_sum(value: list[float]) -> list[float]:
+    """Keep IndexTTS's bound on the eight emotions together."""
+    if sum(value) > 1.5:
+        raise ValueError(f"must sum to at most 1.5, not {sum(value):g}")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(lambda v: spoken_text(v) if isinstance(v, str) else v)]
+EmotionVector = Annotated[list[Annotated[float, Field(ge=0, le=1.5)]], Field(min_length=8, max_length=8)]
+
+
+class JsonRequest(BaseModel):
+    """A JSON body: strict types, null means not given, unknown fields are remembered and named to the client."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in data.items() if value is not None}
+
+    def ignored(self, honoured: Iterable[str]) -> list[str]:
+        """Names of fields that have no effect: the unknown ones, and engine options this engine does not honour."""
+        without_effect = (self.model_fields_set & ENGINE_OPTIONS) - set(honoured)
+        return sorted(without_effect | (self.model_extra or {}).keys())
+
+
+ENGINE_OPTIONS = {
+    "instructions", "seed", "emotion_vector", "emotion_audio", "emo_control_method", "emo_ref_path", "emo_weight",
+    "emo_vec", "emo_text", "emo_random",
+}  # fmt: skip
+
+
+class SpeechRequest(JsonRequest):
+    """OpenAI's createSpeech, and after `instructions` our extensions."""
+
+    model: str
+    input: Annotated[Text, Field(max_length=MAX_INPUT_CHARACTERS)]
+    voice: Annotated[str | None, BeforeValidator(voice_name)] = None
+    response_format: Literal["wav", "pcm", "mp3", "opus", "aac", "flac"] = "wav"
+    speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
+    stream_format: Literal["audio", "sse"] = "audio"
+    instructions: str | None = None
+    stream: bool = False
+    sample_rate: int | None = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    emotion_vector: EmotionVector | None = None
+    emotion_audio: str | None = None
+
+
+class NativeRequest(JsonRequest):
+    """IndexTTS's /tts_url."""
+
+    text: Annotated[Text, Field(max_length=MAX_NATIVE_CHARACTERS)]
+    spk_audio_path: Annotated[str, Field(min_length=1)]
+    emo_control_method: Annotated[int, Field(ge=0, le=3)] = 0
+    emo_ref_path: str | None = None
+    emo_weight: Annotated[float, Field(ge=0, le=1.6)] = 1.0
+    emo_vec: Annotated[EmotionVector, BeforeValidator(lambda v: v or [0.0] * 8)] = [0.0] * 8
+    emo_text: str | None = None
+    emo_random: bool = False
+    max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
+
+    @model_validator(mode="after")
+    def check_emotions(self) -> NativeRequest:
+        emotion_sum(self.emo_vec)
+        return self
+
+
+CODES = {
+    "missing": "missing_required_parameter",
+    "string_too_long": "string_above_max_length",
+    "string_type": "invalid_type",
+    "float_type": "invalid_type",
+    "int_type": "invalid_type",
+    "bool_type": "invalid_type",
+}
+
+
+def read_json() -> dict[str, Any]:
+    """Return the body's JSON object; raise InvalidRequest, or let werkzeug raise 413 and 415."""
+    if not request.is_json:
+        raise UnsupportedMediaType("Send JSON with the header Content-Type: application/json.")
+    try:
+        body = json.loads(request.get_data())
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error), 200)
+        raise InvalidRequest(f"The body is not valid JSON: {reason}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def parse(model: type[JsonRequest], body: dict[str, Any]) -> Any:
+    """Check a body's shape and ranges; raise InvalidRequest naming the first field that is wrong."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        message = printable(first["msg"].removeprefix("Value error, "), 300)
+        raise InvalidRequest(f"'{param}': {message}.", param, CODES.get(first["type"])) from None
+
+
+def printable(text: str, limit: int) -> str:
+    """Text fit for a message or a log line: one line, no control characters, at most `limit` characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit])
+
+
+# === Voices ===
+
+
+class EmbeddedStyle(BaseModel):
+    """How the embedded engine speaks a voice: a blend of its styles and a gain in dB for each language."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    en: str
+    zh: str
+    gain_db: dict[Literal["en", "zh"], float]
+
+
+class Voice(BaseModel):
+    """One entry of voices.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]
+    name: str
+    language: str
+    description: dict[Literal["zh", "en"], str]
+    reference_audio: str
+    embedded: EmbeddedStyle
+
+
+class Voices(BaseModel):
+    """voices.json: the voices in their order, the default, and other names for them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default: str
+    voices: Annotated[list[Voice], Field(min_length=1)]
+    aliases: dict[str, str]
+
+    @model_validator(mode="after")
+    def check_names(self) -> Voices:
+        ids = [voice.id for voice in self.voices]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two voices have the same id")
+        for alias, target in {**self.aliases, "default": self.default}.items():
+            if target not in ids:
+                raise ValueError(f"{alias!r} means {target!r}, which is not the id of a voice")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Voices:
+        """Read voices.json; raise ValueError naming the file, the line and what is wrong."""
+        text = path.read_text(encoding="utf-8")
+        try:
+            return cls.model_validate(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path}:{line_of(text, first['loc'])}: {where} {first['msg']}") from None
+
+    def resolve(self, name: str | None) -> Voice:
+        """Return the voice of an id or alias, the default for None; raise InvalidRequest listing the voices."""
+        wanted = self.default if name is None else self.aliases.get(name, name)
+        for voice in self.voices:
+            if voice.id == wanted:
+                return voice
+        ids = ", ".join(voice.id for voice in self.voices)
+        unknown = printable(wanted, 64)
+        raise InvalidRequest(f"Unknown voice {unknown!r}. The voices are: {ids}.", "voice", "voice_not_found")
+
+    def of_reference(self, path: str) -> Voice | None:
+        """Return the voice whose reference audio has this path's base name, whatever its folder."""
+        base = re.split(r"[/\\]", path)[-1]
+        return next((voice for voice in self.voices if Path(voice.reference_audio).name == base), None)
+
+
+def line_of(text: str, location: tuple[int | str, ...]) -> int:
+    """Line of voices.json that a validation error is about: its voice's `id`, else its first key."""
+    if len(location) > 1 and location[0] == "voices":
+        starts = [m.start() for m in re.finditer(r'"id"\s*:', text)]
+        offset = starts[int(location[1])] if int(location[1]) < len(starts) else 0
+    else:
+        offset = max(0, text.find(f'"{location[0]}"')) if location else 0
+    return text.count("\n", 0, offset) + 1
+
+
+# === Text to utterances ===
+
+PARAGRAPH, SENTENCE, CLAUSE, QUOTED, WORD = 4, 3, 2, 1, 0  # how strong a break in the text is
+PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, WORD: 0.03}  # what is heard there, at speed 1
+FIRST_SYLLABLES, FULL_SYLLABLES = 14, 56  # of the first utterance and of the longest: about 3 s and 13 s of speech
+PAIRS = ("“”", "「」", "『』", "《》", "（）", r"\(\)", '""')
+QUOTE = re.compile("|".join(f"{a}[^{a}{b}\n]{{1,200}}{b}" for a, b in (re.findall(r"\\?.", pair) for pair in PAIRS)))
+ABBREVIATION = re.compile(
+    r"\b(?:(?:Dr|Mr|Mrs|Ms|Prof|St|Jr|Sr|vs|etc|approx|Gen|Sen|Rep|Lt|Col|Capt|Inc|Ltd|Co|Corp|dept|est)\.(?!\s*$)"
+    r"|(?:No|Nos|Fig|Figs|Vol|pp|p|Ch|Sec|Art)\.(?=\s*\d)|(?:[A-Za-z]\.)+(?!\s*$))\s*",
+    re.IGNORECASE,
+)
+SPACE = r"[^\S\n]*"
+AFTER = rf"[\"'”’）)」』》】\]]*(?=\s|$|[\u2e80-\U0003ffff]){SPACE}"  # closing quotes belong to the sentence they end
+BREAK = re.compile(
+    rf"(?P<paragraph>\s*\n\s*)|(?P<sentence>[。！？…；]+[”’）)」』》】]*{SPACE}|[.!?;]+{AFTER})"
+    rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<word>\s+)"
+)
+STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "word": WORD}
+
+
+class Utterance(NamedTuple):
+    """One unit of text to speak, and the pause after it in seconds at speed 1."""
+
+    text: str
+    pause_s: float
+
+
+def syllables(character: str) -> float:
+    """Rough length of a character in syllables: CJK and digits one, a letter or a space a third."""
+    return 1.0 if character >= "\u2e80" or character.isdigit() else 0.3
+
+
+def find_breaks(text: str) -> list[tuple[int, int]]:
+    """Return (position, strength) of each place where text may be cut; weaker in quotes and after abbreviations."""
+    abbreviated = {m.end() for m in ABBREVIATION.finditer(text)}
+    quoted = [False] * (len(text) + 1)
+    for m in QUOTE.finditer(text):
+        quoted[m.start() + 1 : m.end()] = [True] * (m.end() - m.start() - 1)
+    found = []
+    for m in BREAK.finditer(text):
+        strength = STRENGTH[m.lastgroup or "word"]
+        if strength in (SENTENCE, CLAUSE):
+            strength = WORD if m.end() in abbreviated else QUOTED if quoted[m.end()] else strength
+        found.append((m.end(), strength))
+    return found
+
+
+def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES) -> list[Utterance]:
+    """Split text at its natural breaks: a short utterance first, then each up to twice as long as the one before."""
+    reach = [0.0, *itertools.accumulate(map(syllables, text))]
+    utterances, marks, start, limit = [], find_breaks(text), 0, first
+    while start < len(text):
+        marks = [mark for mark in marks if mark[0] > start]
+        near, far = (bisect_right(reach, reach[start] + size) - 1 for size in (limit, full))
+        end, strength = choose_break(marks, near, far, len(text)) or (whole_words(text, start, far), WORD)
+        if piece := " ".join(text[start:end].split()):
+            utterances.append(Utterance(piece, PAUSE_S[strength]))
+        start, limit = end, min(full, limit * 2)
+    return utterances
+
+
+def choose_break(marks: list[tuple[int, int]], near: int, far: int, length: int) -> tuple[int, int] | None:
+    """Return the strongest, then latest break up to `near`, else the first clause up to `far`, else what there is."""
+    paragraph = next((end for end, strength in marks if strength == PARAGRAPH), length)
+    clauses = [(end, strength) for end, strength in marks if strength >= CLAUSE and end <= min(far, paragraph)]
+    close = [mark for mark in clauses if mark[0] <= near]
+    if paragraph <= near:
+        return paragraph, PARAGRAPH
+    if close:
+        return max(close, key=lambda mark: (mark[1], mark[0]))
+    if clauses or paragraph <= far:
+        return clauses[0] if clauses else (paragraph, PARAGRAPH)
+    return max((mark for mark in marks if mark[0] <= far), key=lambda mark: (mark[1], mark[0]), default=None)
+
+
+def whole_words(text: str, start: int, end: int) -> int:
+    """Move `end` back so that it cuts no Latin word or number, unless that would leave nothing."""
+    word = re.search(r"[A-Za-z0-9.,:'-]+\Z", text[start:end])
+    inside = word and re.match(r"[A-Za-z0-9]", text[end : end + 1])
+    return start + word.start() if word and inside and word.start() > 0 else max(end, start + 1)
+
+
+# === Audio out ===
+
+EDGE_S = 0.05  # of quiet kept at either end of an utterance: AAC's first frame rings over 43 ms
+FADE_S = 0.005  # at a joint, so that it does not click
+QUIET = 10 ** (-50 / 20)  # -50 dBFS: what counts as silence at an edge
+PEAK = 10 ** (-0.5 / 20)  # louder utterances are turned down as a whole, not clipped
+
+
+class AudioChunk(NamedTuple):
+    """Samples (float32 mono, -1 to 1) and their rate in Hz."""
+
+    samples: np.ndarray
+    sample_rate: int
+
+    @property
+    def seconds(self) -> float:
+        """Duration in seconds."""
+        return len(self.samples) / self.sample_rate
+
+
+def silence(seconds: float, sample_rate: int) -> AudioChunk:
+    """Return that much silence."""
+    return AudioChunk(np.zeros(round(seconds * sample_rate), np.float32), sample_rate)
+
+
+def trim(chunk: AudioChunk) -> AudioChunk:
+    """Cut the silence at both ends down to EDGE_S and fade the ends; raise EngineFault on what is not speech."""
+    samples, rate = chunk
+    if not np.isfinite(samples).all():
+        raise EngineFault("The engine returned samples that are not numbers.")
+    loud = np.flatnonzero(np.abs(samples) > QUIET)
+    if not loud.size:
+        raise EngineFault("The engine returned silence for a text with something to speak.")
+    edge = round(EDGE_S * rate)
+    kept = samples[max(0, loud[0] - edge) : loud[-1] + edge].astype(np.float32)
+    fade = np.linspace(0, 1, min(round(FADE_S * rate), len(kept)), dtype=np.float32)
+    kept[: len(fade)] *= fade
+    kept[len(kept) - len(fade) :] *= fade[::-1]
+    return AudioChunk(kept, rate)
+
+
+def level(chunk: AudioChunk, gain_db: float) -> AudioChunk:
+    """Apply a gain, then turn the whole chunk down where a peak would clip."""
+    samples = chunk.samples * np.float32(10 ** (gain_db / 20))
+    peak = float(np.abs(samples).max(initial=0))
+    return AudioChunk(samples * np.float32(PEAK / peak) if peak > PEAK else samples, chunk.sample_rate)
+
+
+def resample(chunk: AudioChunk, sample_rate: int) -> AudioChunk:
+    """Return the chunk at another rate in Hz."""
+    if chunk.sample_rate == sample_rate:
+        return chunk
+    return AudioChunk(soxr.resample(chunk.samples, chunk.sample_rate, sample_rate), sample_rate)
+
+
+def stretch(chunk: AudioChunk, speed: float) -> AudioChunk:
+    """Speak `speed` times as fast at the same pitch (FFmpeg's atempo, which takes 0.5 to 2 well)."""
+    if abs(speed - 1) < 1e-3:
+        return chunk
+    graph = av.filter.Graph()
+    steps = max(1, math.ceil(abs(math.log2(speed))))
+    nodes = [graph.add_abuffer(sample_rate=chunk.sample_rate, format="flt", layout="mono")]
+    nodes += [graph.add("atempo", f"{speed ** (1 / steps):.6f}") for _ in range(steps)]
+    nodes += [graph.add("abuffersink")]
+    graph.link_nodes(*nodes).configure()
+    graph.push(audio_frame(chunk, "flt"))
+    graph.push(None)
+    return AudioChunk(np.concatenate([frame.to_ndarray().ravel() for frame in pulled(graph)]), chunk.sample_rate)
+
+
+def pulled(graph: av.filter.Graph) -> Iterator[av.AudioFrame]:
+    """Yield a filter graph's frames until it has no more."""
+    while True:
+        try:
+            yield graph.pull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
+
+
+def audio_frame(chunk: AudioChunk, sample_format: Literal["flt", "s16"]) -> av.AudioFrame:
+    """Wrap a chunk as one mono frame of FFmpeg's."""
+    samples = chunk.samples if sample_format == "flt" else to_int16(chunk.samples)
+    frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format=sample_format, layout="mono")
+    frame.sample_rate, frame.time_base = chunk.sample_rate, Fraction(1, chunk.sample_rate)
+    return frame
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Round float samples (-1 to 1) to s16, without wrapping."""
+    return np.clip(np.rint(samples * 32767), -32768, 32767).astype("<i2")
+
+
+def choose_rate(fmt: Format, wanted: int | None, engine_rate: int) -> int:
+    """Return the rate in Hz to answer with; raise InvalidRequest where the format does not have the one asked for."""
+    if wanted is None:
+        return engine_rate if engine_rate in fmt.rates else PCM_RATE
+    if wanted not in fmt.rates:
+        rates = ", ".join(map(str, fmt.rates))
+        raise InvalidRequest(f"'sample_rate': this format has the rates {rates} Hz, not {wanted}.", "sample_rate")
+    return wanted
+
+
+class Sink(io.RawIOBase):
+    """Where FFmpeg writes a container that nobody can seek back in; take() hands over what came since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        """Tell FFmpeg that it may write; seekable() stays False."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Keep the bytes."""
+        self._parts.append(bytes(data))
+        return len(self._parts[-1])
+
+    def take(self) -> bytes:
+        """Return the bytes since the last call."""
+        taken, self._parts = b"".join(self._parts), []
+        return taken
+
+
+class Encoder:
+    """Encodes chunks of one rate into a container's bytes as they come."""
+
+    def __init__(self, fmt: Format, sample_rate: int):
+        self._sink, self._primed, self._position = Sink(), fmt.primed, 0
+        self._container = av.open(self._sink, "w", format=fmt.container, options={"flush_packets": "1", **fmt.muxing})
+        self._stream = self._container.add_stream(fmt.codec, rate=sample_rate, layout="mono", options=fmt.coding)
+        if fmt.bit_rate:
+            self._stream.bit_rate = fmt.bit_rate
+
+    def encode(self, chunk: AudioChunk) -> bytes:
+        """Return the bytes that this chunk completes."""
+        frame = audio_frame(chunk, "s16")
+        frame.pts, self._position = self._position, self._position + frame.samples
+        return self._mux(frame)
+
+    def close(self) -> bytes:
+        """Return the last bytes: what the codec still held, and the container's end."""
+        tail = self._mux(None)
+        self._container.close()
+        return tail + self._sink.take()
+
+    def _mux(self, frame: av.AudioFrame | None) -> bytes:
+        for packet in self._stream.encode(frame):
+            if not (self._primed and packet.pts + packet.duration <= 0):
+                self._container.mux(packet)
+        return self._sink.take()
+
+
+def encode_stream(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -> Iterator[bytes]:
+    """Yield a format's bytes chunk by chunk."""
+    encoder = Encoder(fmt, sample_rate)
+    for chunk in chunks:
+        if encoded := encoder.encode(chunk):
+            yield encoded
+    yield encoder.close()
+
+
+def encode_whole(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -> Iterator[bytes]:
+    """Yield one file with its true length in its header."""
+    samples = np.concatenate([chunk.samples for chunk in chunks])
+    file = io.BytesIO()
+    soundfile.write(file, to_int16(samples), sample_rate, format=fmt.container.upper(), subtype="PCM_16")
+    yield file.getvalue()
+
+
+# === Engines ===
+
+
+class Cancellation:
+    """Says once that a request's work is no longer wanted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Stop what runs now and what would come."""
+        with self._lock:
+            self.cancelled = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call back when cancelled, at once if that was before."""
+        with self._lock:
+            if not self.cancelled:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """What shapes an utterance beside its text and voice."""
+
+    speed: float = 1.0
+    cancellation: Cancellation = field(default_factory=Cancellation)
+
+
+class Engine(Protocol):
+    """What the pipeline needs of a speech engine; synthesize may be called from several threads at once."""
+
+    name: str
+    model: str
+    sample_rate: int  # Hz
+    max_utterance_tokens: int
+    can_clone: bool
+    can_emote: bool
+    honours: frozenset[str]  # request fields that have an effect on this engine
+    speed_range: tuple[float, float]  # speeds it speaks by itself, duration within a few per cent; beyond, stretch()
+    slots: int  # utterances that it makes well at once
+
+    def load(self) -> None:
+        """Load the weights; raise with a message for the operator."""
+
+    def can_speak(self, text: str) -> bool:
+        """Tell whether there is anything in the text that this engine reads aloud."""
+
+    def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
+        """Speak one utterance; raise EngineFault."""
+
+    def healthy(self) -> str | None:
+        """Return None, or why no utterance would be spoken."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class EmbeddedEngine:
+    """Kokoro-82M int8 on onnxruntime: any CPU."""
+
+    name, model = "embedded", "kokoro-82m-int8"
+    sample_rate = 24_000
+    max_utterance_tokens = 508
+    can_clone = can_emote = False
+    honours: frozenset[str] = frozenset()
+    speed_range = (1.0, 1.0)  # the network rounds each sound to frames: at 0.8 or 1.25 it is up to 15 % off
+    slots = 1
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+
+    def load(self) -> None:
+        """Load the weights and the pronunciation data."""
+        from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
+
+        threads = self._settings.threads or min(4, os.cpu_count() or 1)
+        self._voice = EmbeddedVoice(threads, self._settings.lexicon, self._settings.cache_dir)
+
+    def can_speak(self, text: str) -> bool:
+        """Tell whether the text holds Han or Latin letters or digits."""
+        return self._voice.can_speak(text)
+
+    def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
+        """Speak one utterance in the style that the voice has for its language."""
+        language = self._voice.language(utterance)
+        style = getattr(voice.embedded, language)
+        samples = self._voice.speak(utterance, style, options.speed, options.cancellation.on_cancel)
+        return level(AudioChunk(samples, self.sample_rate), voice.embedded.gain_db[language])
+
+    def healthy(self) -> str | None:
+        """There is no process of its own that could die."""
+        return None
+
+    def close(self) -> None:
+        """Nothing outlives the worker."""
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {"embedded": EmbeddedEngine}
+
+
+def choose_engine(settings: Settings) -> Engine:
+    """Return the engine asked for, or for `auto` the best one that this machine can run."""
+    return ENGINES["embedded" if settings.engine == "auto" else settings.engine](settings)
+
+
+# === The speech pipeline ===
+
+
+class Slots:
+    """The engine's slots, given per utterance, round robin between requests."""
+
+    def __init__(self, count: int):
+        self._ready = threading.Condition()
+        self._lines: deque[deque] = deque()  # one line a request with an utterance waiting; the next request first
+        for number in range(count):
+            threading.Thread(target=self._serve, name=f"slot-{number}", daemon=True).start()
+
+    def submit(self, line: deque, work: Callable[[], Any]) -> Future:
+        """Put work at the end of a request's line; the future answers once a slot has done it."""
+        future: Future = Future()
+        with self._ready:
+            line.append((future, work))
+            if len(line) == 1:
+                self._lines.append(line)
+            self._ready.notify()
+        return future
+
+    def _next(self) -> tuple[Future, Callable[[], Any]]:
+        with self._ready:
+            self._ready.wait_for(lambda: self._lines)
+            line = self._lines.popleft()
+            job = line.popleft()
+            if line:
+                self._lines.append(line)
+            return job
+
+    def _serve(self) -> None:
+        while True:
+            future, work = self._next()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:
+                    future.set_exception(error)
+
+
+@dataclass
+class Order:
+    """What to speak, and what is known of it so far."""
+
+    text: str
+    voice: Voice
+    speed: float = 1.0
+    sample_rate: int = PCM_RATE
+    full_syllables: float = FULL_SYLLABLES
+    is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    audio_s: float = 0.0  # made so far
+    compute_s: float = 0.0  # the engine's time for it
+
+
+class Speech:
+    """The service: one engine, its slots, the voices and the requests under way."""
+
+    def __init__(self, settings: Settings, engine: Engine):
+        self.settings, self.engine = settings, engine
+        self.voices = Voices.load(settings.voices_file)
+        self.trouble: str | None = "loading"
+        self.started = time.monotonic()
+        self._slots = Slots(settings.slots or engine.slots)
+        self._requests = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Load in the background; /health tells how that went."""
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    def load(self) -> None:
+        """Load the engine; ready means that a warm-up utterance came back."""
+        self.engine.load()
+        for text in ("Ready.", "好了。"):
+            trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
+        self.trouble = None
+
+    def _load(self) -> None:
+        try:
+            self.load()
+            log.info("ready: engine %s after %.1f s", self.engine.name, time.monotonic() - self.started)
+        except Exception as error:
+            self.trouble = f"engine {self.engine.name} did not load: {error}"
+            log.exception("the engine did not load")
+
+    def reload_voices(self) -> None:
+        """Read voices.json again; a broken file is refused and the running voices stay."""
+        try:
+            self.voices = Voices.load(self.settings.voices_file)
+            log.info("voices reloaded: %d", len(self.voices.voices))
+        except (OSError, ValueError) as error:
+            log.error("voices not reloaded, the running ones stay: %s", error)
+
+    def ailment(self) -> str | None:
+        """Return None when an utterance would be spoken, else why not."""
+        return self.trouble or self.engine.healthy()
+
+    @property
+    def requests(self) -> int:
+        """Requests admitted and not yet spoken to the end."""
+        return self._requests
+
+    def speak(self, order: Order) -> Iterator[AudioChunk]:
+        """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
+        with self._admitted():
+            try:
+                for utterance, chunk, last in self._synthesized(order):
+                    spoken = resample(chunk, order.sample_rate)
+                    pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
+                    joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
+                    order.audio_s += joined.seconds
+                    yield joined
+            finally:
+                order.cancellation.cancel()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if reason := self.ailment():
+            raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
+        with self._lock:
+            if self._requests >= self.settings.queue_requests:
+                raise Busy(f"{self._requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests -= 1
+
+    def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
+        """Yield each utterance with its audio; the next ones are being made meanwhile."""
+        waiting = deque(self._speakable(order))
+        line: deque = deque()
+        pending: deque[tuple[Utterance, Future]] = deque()
+        while waiting or pending:
+            while waiting and len(pending) < LOOKAHEAD:
+                utterance = waiting.popleft()
+                pending.append((utterance, self._slots.submit(line, partial(self._synthesize, utterance, order))))
+            utterance, future = pending.popleft()
+            chunk = self._await(future, order)
+            yield utterance, chunk, not (waiting or pending)
+
+    def _speakable(self, order: Order) -> list[Utterance]:
+        """Split the text; raise InvalidRequest where a sentence has letters of which the engine reads none."""
+        utterances = split_utterances(order.text, full=order.full_syllables)
+        for utterance in utterances:
+            if any(map(str.isalnum, utterance.text)) and not self.engine.can_speak(utterance.text):
+                raise InvalidRequest(
+                    f"The {self.engine.name} engine cannot read {printable(utterance.text, 40)!r}: "
+                    "it speaks Mandarin and English.", "input", "unspeakable_text",
+                )  # fmt: skip
+        return utterances
+
+    def _synthesize(self, utterance: Utterance, order: Order) -> AudioChunk:
+        """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
+        if not any(map(str.isalnum, utterance.text)):
+            return silence(utterance.pause_s / order.speed, self.engine.sample_rate)
+        began = time.perf_counter()
+        slowest, fastest = self.engine.speed_range
+        native = min(max(order.speed, slowest), fastest)
+        options = SynthesisOptions(native, order.cancellation)
+        chunk = self.engine.synthesize(utterance.text, order.voice, options)
+        order.compute_s += time.perf_counter() - began
+        return stretch(trim(chunk), order.speed / native)
+
+    def _await(self, future: Future, order: Order) -> AudioChunk:
+        """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""
+        deadline = time.monotonic() + self.settings.utterance_timeout_s
+        while True:
+            try:
+                return future.result(timeout=CLIENT_CHECK_S)
+            except FutureTimeout:
+                if order.is_gone():
+                    raise ClientGone from None
+                if time.monotonic() > deadline:
+                    raise Unavailable("The engine did not come to this text in time.", code="timeout") from None
+
+
+# === App ===
+
+api = Blueprint("speech", __name__)
+
+
+def create_app(settings: Settings | None = None, engine: Engine | None = None) -> Flask:
+    """Build the WSGI application; nothing is loaded before speech_of(app).start()."""
+    settings = settings or Settings.from_env()
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.json.ensure_ascii = False
+    app.extensions["speech"] = Speech(settings, engine or choose_engine(settings))
+    app.register_blueprint(api)
+    app.register_error_handler(SpeechError, tell_speech_error)
+    app.register_error_handler(HTTPException, tell_http_error)
+    app.register_error_handler(ClientGone, lambda _: Response(status=499))
+    app.register_error_handler(Exception, tell_fault)
+    app.wsgi_app = SingleSlashes(app.wsgi_app)
+    return app
+
+
+class SingleSlashes:
+    """Serves //tts_url like /tts_url: what a base URL with a trailing slash gives."""
+
+    def __init__(self, wsgi_app: Callable):
+        self._wsgi_app = wsgi_app
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        environ["PATH_INFO"] = re.sub("/{2,}", "/", environ.get("PATH_INFO", ""))
+        return self._wsgi_app(environ, start_response)
+
+
+def speech() -> Speech:
+    """Return the service behind the current request."""
+    return current_app.extensions["speech"]
+
+
+@api.before_app_request
+def begin() -> None:
+    """Name the request and check its key; the health and the voice list stay open."""
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req_{uuid.uuid4().hex}"
+    g.began = time.perf_counter()
+    keys = speech().settings.api_keys
+    if keys and request.endpoint not in OPEN_ENDPOINTS and not any([same(key, sent_key()) for key in keys]):
+        raise InvalidKey("Give one of this server's API keys as 'Authorization: Bearer KEY'.")
+
+
+def sent_key() -> str:
+    """Return the key that came with the request, or ''."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
+
+
+def same(key: str, sent: str) -> bool:
+    """Compare in constant time."""
+    return hmac.compare_digest(key.encode(), sent.encode("utf-8", "surrogatepass"))
+
+
+@api.after_app_request
+def finish(response: Response) -> Response:
+    """Put what every response carries on it."""
+    response.headers["x-request-id"] = g.request_id
+    response.headers["openai-processing-ms"] = str(round((time.perf_counter() - g.began) * 1000))
+    return response
+
+
+def tell_speech_error(error: SpeechError) -> Response:
+    """Answer with OpenAI's envelope, or on the native route in IndexTTS's shape."""
+    if error.status >= 500:
+        log.warning("%s %s: %s", g.request_id, error.status, error.message)
+    body = {"status": "error", "error": error.message} if request.path == "/tts_url" else envelope(error)
+    response = jsonify(body)
+    response.status_code = error.status
+    response.headers.update(error.headers())
+    return response
+
+
+def envelope(error: SpeechError) -> dict[str, Any]:
+    """Return OpenAI's error body."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+HTTP_MESSAGES = {404: "There is no such route.", 405: "This route does not take that method."}
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+def tell_http_error(error: HTTPException) -> Response:
+    """Give werkzeug's errors (404, 405, 413, 415 ...) the envelope."""
+    status = error.code or 500
+    told = SpeechError(HTTP_MESSAGES.get(status, error.description or error.name), None, HTTP_CODES.get(status))
+    told.status = status
+    told.type = "invalid_request_error" if status < 500 else "server_error"
+    response = tell_speech_error(told)
+    response.headers.extend((k, v) for k, v in error.get_headers() if k == "Allow")
+    return response
+
+
+def tell_fault(error: Exception) -> Response:
+    """Answer 500 without internals; the log has them under the request id."""
+    log.error("%s fault", g.request_id, exc_info=error)
+    return tell_speech_error(SpeechError(f"The server made a mistake; its log names it under {g.request_id}."))
+
+
+# === Routes ===
+
+
+@api.post("/v1/audio/speech")
+@api.post("/audio/speech")
+def create_speech() -> Response:
+    """OpenAI's createSpeech."""
+    body: SpeechRequest = parse(SpeechRequest, read_json())
+    voice = speech().voices.resolve(body.voice)
+    rate = choose_rate(FORMATS[body.response_format], body.sample_rate, speech().engine.sample_rate)
+    order = Order(body.input, voice, body.speed, rate, is_gone=watch_client())
+    return answer(order, body.response_format, body.ignored(speech().engine.honours), body.stream, body.stream_format)
+
+
+@api.post("/tts_url")
+def create_native_speech() -> Response:
+    """IndexTTS's native call."""
+    body: NativeRequest = parse(NativeRequest, read_json())
+    voice = resolve_reference(body.spk_audio_path)
+    full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
+    rate = speech().engine.sample_rate
+    order = Order(body.text, voice, 1.0, rate, full, is_gone=watch_client())
+    return answer(order, "wav", body.ignored(speech().engine.honours))
+
+
+@api.get("/v1/audio/voices")
+@api.get("/audio/voices")
+def list_voices() -> Response:
+    """The voices, in their order."""
+    shown = ("id", "name", "language", "description")
+    return jsonify(voices=[voice.model_dump(include=set(shown)) for voice in speech().voices.voices])
+
+
+@api.get("/v1/models")
+@api.get("/models")
+def list_models() -> Response:
+    """The model names, in OpenAI's shape; the engine speaks whichever is asked for."""
+    names = [*OPENAI_MODELS, speech().engine.model]
+    model = {"object": "model", "created": 0, "owned_by": "indextts"}
+    return jsonify(object="list", data=[{"id": name, **model} for name in names])
+
+
+@api.get("/v1/audio/models")
+@api.get("/audio/models")
+def list_audio_models() -> Response:
+    """The model names, in Open WebUI's shape."""
+    return jsonify(models=[{"id": name, "name": name} for name in (*OPENAI_MODELS, speech().engine.model)])
+
+
+@api.get("/health")
+def health() -> tuple[Response, int]:
+    """200 when an utterance would be spoken, else 503 and why."""
+    service = speech()
+    ailment = service.ailment()
+    status = "healthy" if ailment is None else "loading" if ailment == "loading" else "unhealthy"
+    report = {
+        "status": status,
+        "message": ailment or "ready to speak",
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engine": service.engine.name,
+        "model": service.engine.model,
+        "release": RELEASE,
+        "sample_rate": service.engine.sample_rate,
+        "voices": len(service.voices.voices),
+        "requests": service.requests,
+        "uptime_s": round(time.monotonic() - service.started, 1),
+    }
+    return jsonify(report), 200 if ailment is None else 503
+
+
+def resolve_reference(path: str) -> Voice:
+    """Return the voice of a reference audio's path; raise InvalidRequest where the engine would have to clone."""
+    if voice := speech().voices.of_reference(path):
+        return voice
+    known = ", ".join(Path(voice.reference_audio).name for voice in speech().voices.voices)
+    raise InvalidRequest(
+        f"'spk_audio_path': the {speech().engine.name} engine cannot clone {printable(path, 120)!r}; "
+        f"it speaks in the voices of {known}.", "spk_audio_path", "cannot_clone",
+    )  # fmt: skip
+
+
+def answer(
+    order: Order, format_name: str, ignored: list[str], stream: bool = False, stream_format: str = "audio"
+) -> Response:
+    """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
+    fmt = FORMATS[format_name]
+    whole = fmt.whole and not stream and stream_format == "audio"
+    encode = encode_whole if whole else encode_stream
+    parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, request.environ)
+    first = next(parts)
+    rest = itertools.chain([first], parts)
+    if whole:
+        response = Response(b"".join(rest), content_type=fmt.content_type)
+        response.headers["X-Audio-Duration"] = f"{order.audio_s:.3f}"
+    elif stream_format == "sse":
+        response = Response(server_sent_events(rest, order), content_type="text/event-stream")
+        response.headers["Cache-Control"] = "no-cache"
+    else:
+        response = Response(rest, content_type=fmt.content_type)
+    response.call_on_close(parts.close)
+    response.headers["X-Sample-Rate"] = str(order.sample_rate)
+    response.headers["X-Engine"] = speech().engine.name
+    response.headers["X-Voice"] = order.voice.id
+    if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
+        response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
+    return response
+
+
+def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
+    """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
+    request_id = g.request_id
+    try:
+        yield from parts
+    except (SpeechError, ClientGone, GeneratorExit):
+        raise
+    except Exception:
+        log.exception("%s failed after %.1f s of audio", request_id, order.audio_s)
+        raise
+    finally:
+        environ["speech.voice"] = order.voice.id
+        environ["speech.audio_s"] = f"{order.audio_s:.2f}"
+        environ["speech.rtf"] = f"{order.compute_s / order.audio_s:.3f}" if order.audio_s else "-"
+
+
+def server_sent_events(parts: Iterator[bytes], order: Order) -> Iterator[str]:
+    """Wrap encoded bytes as OpenAI's events; a failure becomes an `error` event, and no `done` follows."""
+    try:
+        for part in parts:
+            yield event("speech.audio.delta", audio=base64.b64encode(part).decode())
+    except SpeechError as error:
+        yield event("error", **envelope(error))
+        return
+    except Exception as error:
+        if isinstance(error, ClientGone):
+            raise
+        yield event("error", **envelope(SpeechError("The server made a mistake.")))
+        return
+    read, spoken = len(order.text), round(order.audio_s * SSE_FRAMES_PER_S)
+    usage = {"input_tokens": read, "output_tokens": spoken, "total_tokens": read + spoken}
+    yield event("speech.audio.done", usage=usage)
+
+
+def event(name: str, **content: Any) -> str:
+    """Format one server-sent event."""
+    return f"data: {json.dumps({'type': name, **content})}\n\n"
+
+
+def watch_client() -> Callable[[], bool]:
+    """Return a function that tells whether the current request's client has left."""
+    client = request.environ.get("gunicorn.socket")
+    return (lambda: has_left(client)) if client else (lambda: False)
+
+
+def has_left(client: socket.socket) -> bool:
+    """Peek without waiting: a socket that has nothing at all to say, for good, belongs to nobody."""
+    try:
+        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+if __name__ == "__main__":
+    os.execvp("gunicorn", ["gunicorn", "-c", str(HERE / "gunicorn.conf.py"), "app:create_app()"])

@@ -1,0 +1,51 @@
+"""gunicorn's settings: one worker that holds the engine, and threads for its requests.
+
+TERM lets running requests finish; HUP makes the worker read voices.json again, without touching the engine.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from app import RESERVE_THREADS, Settings
+
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+settings = Settings.from_env()
+
+bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '6006')}"
+chdir = str(Path(__file__).resolve().parent)
+workers = 1
+worker_class = "gthread"
+threads = settings.queue_requests + RESERVE_THREADS
+worker_connections = 4 * threads
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+keepalive = 65  # seconds; longer than a proxy keeps its side
+timeout = 120  # seconds without a heartbeat of the worker's main loop; requests may take longer
+graceful_timeout = settings.drain_timeout_s
+control_socket_disable = True  # it would write into the home folder
+accesslog = "-"
+access_log_format = (
+    '%(h)s "%(m)s %(U)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s'
+    " voice=%({speech.voice}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s"
+)
+
+
+def when_ready(server):
+    """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first."""
+    server.reload = lambda: [os.kill(pid, signal.SIGHUP) for pid in server.WORKERS]
+
+
+def post_worker_init(worker):
+    """Load the engine in the background, now that the worker is forked and its routes answer."""
+    service = worker.wsgi.extensions["speech"]
+    signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
+    service.start()
+
+
+def worker_exit(server, worker):
+    """Let go of the engine."""
+    worker.wsgi.extensions["speech"].engine.close()
