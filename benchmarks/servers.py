@@ -1,0 +1,99 @@
+"""A server as a process on loopback: started, waited for, weighed, and ended by its own process id."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 20
+
+
+class Server:
+    """A server process on loopback: entering waits until it is ready, leaving ends it by its own process id."""
+
+    def __init__(self, argv: list[str], port: int, env: dict[str, str] | None = None, log: Path | None = None):
+        self.url = f"http://127.0.0.1:{port}"
+        self._argv, self._env = argv, os.environ | (env or {})
+        self._log = log or RESULTS / "server.log"
+        self.ready_s = 0.0  # from start to ready
+
+    def __enter__(self) -> Server:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._argv, env=self._env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        while not is_ready(self.url):
+            if self._process.poll() is not None or time.perf_counter() - began > START_TIMEOUT_S:
+                self.__exit__()
+                raise RuntimeError(f"{self._argv[0]} did not start; its output is in {self._log}")
+            time.sleep(0.02)
+        self.ready_s = time.perf_counter() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: what it started and nothing else
+            self._process.wait()
+
+    def resident_mb(self) -> float:
+        """Return the resident memory of the process and its children, in MB; pages they share count twice."""
+        return sum(resident_kb(pid) for pid in with_children(self._process.pid)) / 1000
+
+
+def is_ready(url: str) -> bool:
+    """Tell whether GET /health answers 200."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def with_children(pid: int) -> list[int]:
+    """Return a process id and those of its children, at any depth."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in with_children(int(child)))]
+
+
+def resident_kb(pid: int) -> int:
+    """Return a process's resident memory in kB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+def leave_on_term() -> None:
+    """Let TERM unwind the program like Ctrl-C does, so that its servers are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def own_server() -> Server:
+    """Return this repository's server, not started yet."""
+    port = free_port()
+    argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "app:create_app()"]
+    return Server(argv, port, {"HOST": "127.0.0.1", "PORT": str(port)})
