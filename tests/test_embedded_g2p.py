@@ -1,0 +1,413 @@
+"""Text to phonemes: what is said (speakable) and how (phonemes)."""
+
+import random
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import embedded_g2p
+from embedded_g2p import G2P, VOCABULARY, LexiconError, clean, has_han, speakable
+
+
+@pytest.fixture(scope="module")
+def g2p() -> G2P:
+    return G2P()
+
+
+def table(lines: str) -> list[tuple[str, str]]:
+    """'text | spoken' lines as parameters."""
+    pairs = (line.split(" | ") for line in lines.strip().splitlines())
+    return [(text.strip(), spoken.strip()) for text, spoken in pairs]
+
+
+def with_lexicon(tmp_path: Path, content: str | bytes) -> G2P:
+    """A G2P that reads the given lexicon."""
+    file = tmp_path / "lexicon.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return G2P(lexicon_file=file)
+
+
+# === Language ===
+
+
+@pytest.mark.parametrize(
+    "text, mandarin", [("你好", True), ("hi 好", True), ("hello", False), ("", False), ("かな", False)]
+)
+def test_any_han_character_makes_a_line_mandarin(text, mandarin):
+    assert has_han(text) is mandarin
+
+
+# === Mandarin lines ===
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+1,234个 | 一千二百三十四个
+圆周率3.14 | 圆周率三点一四
+降到0.5 | 降到零点五
+零下，-5 | 零下, 负五
+吃了1/2 | 吃了二分之一
+第3名 | 第三名
+2个人 | 两个人
+2万人 | 两万人
+12个人 | 十二个人
+编号007 | 编号零零七
+版本1.2.3 | 版本一点二点三
+共12345678901234567890个 | 共一二三四五六七八九零一二三四五六七八九零个
+"""))  # fmt: skip
+def test_numbers_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+2024年 | 二零二四年
+1980s的歌 | 一九八零年代的歌
+2019-2020年 | 二零一九到二零二零年
+90后 | 九零后
+3月15日 | 三月十五日
+于2024-03-15 | 于二零二四年三月十五日
+于2024/3/15 | 于二零二四年三月十五日
+早上10:30 | 早上十点三十分
+早上8:00 | 早上八点
+在08:05:30 | 在八点零五分三十秒
+"""))  # fmt: skip
+def test_dates_and_times_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+只要¥99 | 只要九十九元
+只要￥1,234.50 | 只要一千二百三十四点五元
+只要$12 | 只要十二美元
+只要$3.5万 | 只要三点五万美元
+只要€5 | 只要五欧元
+只要99元 | 只要九十九元
+只要$1.2 million | 只要一百二十万美元
+涨了35% | 涨了百分之三十五
+涨了3.5% | 涨了百分之三点五
+跌了-5% | 跌了负百分之五
+重5kg | 重五公斤
+时速10km/h | 时速十公里每小时
+高温25℃ | 高温二十五摄氏度
+低温-5℃ | 低温零下五摄氏度
+刷新120Hz | 刷新一百二十赫兹
+面积5 m² | 面积五平方米
+面积5㎡ | 面积五平方米
+内存3GB | 内存三 GB
+"""))  # fmt: skip
+def test_money_percentages_and_units_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+打13812345678 | 打幺三八幺二三四五六七八
+打010-12345678 | 打零幺零 幺二三四五六七八
+打400-800-1234 | 打四零零 八零零 幺二三四
+打+1 555-123-4567 | 打加幺 五五五 幺二三 四五六七
+比分3:2 | 比分三比二
+等3-5天 | 等三到五天
+等10~20天 | 等十到二十天
+等3～5天 | 等三到五天
+3×4÷2=6，对 | 三乘四除以二等于六, 对
+1+1=2对吗 | 一加一等于二对吗
+10的负三次，10⁻³ | 十的负三次, 十的负三次方
+"""))  # fmt: skip
+def test_phones_ratios_ranges_and_arithmetic_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+用GPT-4o吧 | 用 GPT 四 O 吧
+用GPT-3.5吧 | 用 GPT 三点五吧
+买iPhone 15了 | 买 iPhone 十五了
+装Windows 11了 | 装 Windows 十一了
+得了COVID-19 | 得了 COVID 十九
+喝H2O | 喝 H 二 O
+喝H₂O | 喝 H 二 O
+用5G网 | 用五 G 网
+用A100卡 | 用 A 一百卡
+用RTX 4090卡 | 用 RTX 四零九零卡
+接USB-C线 | 接 USB-C 线
+做A/B测试 | 做 A B 测试
+做R&D的 | 做 R and D 的
+"""))  # fmt: skip
+def test_a_number_attached_to_a_latin_word_is_read_in_the_language_of_the_line(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+见https://example.com/a?b=1。 | 见 example 点 com 斜杠 A.
+见www.example.com！ | 见 example 点 com!
+问foo@example.com吧 | 问 foo 艾特 example 点 com 吧
+开app.py吧 | 开 app 点 py 吧
+See https://example.com/a?b=1. | See example dot com slash a.
+Mail foo.bar@example.com now | Mail foo dot bar at example dot com now
+"""))  # fmt: skip
+def test_addresses_are_said_as_a_person_would(text, spoken):
+    assert speakable(text) == spoken
+
+
+# === English lines ===
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+1,234 items | one thousand two hundred thirty-four items
+at 3.14 | at three point one four
+0.5 or -5 | zero point five or minus five
+eat 1/2. | eat one half.
+in 2024 | in twenty twenty-four
+the 1980s | the nineteen eighties
+the 2nd | the second
+on 2024-03-15 | on March fifteenth, twenty twenty-four
+on 2024/3/15 | on March fifteenth, twenty twenty-four
+on March 15, 2024 | on March fifteenth, twenty twenty-four
+at 10:30 | at ten thirty
+at 3:00 PM | at three P.M.
+won 3:2 | won three to two
+for 3-5 days | for three to five days
+for 10~20 days | for ten to twenty days
+"""))  # fmt: skip
+def test_numbers_and_times_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+for $12 | for twelve dollars
+for $1 | for one dollar
+for $3.50 | for three dollars and fifty cents
+for ¥99 | for ninety-nine yuan
+for €5 | for five euros
+for $1.2 million | for one point two million dollars
+up 35% | up thirty-five percent
+up 3.5% | up three point five percent
+5kg of it | five kilograms of it
+10km/h | ten kilometers per hour
+25℃ | twenty-five degrees Celsius
+3GB | three gigabytes
+120Hz | one hundred twenty hertz
+5 m² | five square meters
+1 m² | one square meter
+call +1 555-123-4567 | call plus one, five five five, one two three, four five six seven
+3 × 4 ÷ 2 = 6 + 1 | three times four divided by two equals six plus one
+GPT-4o and H2O | GPT four O and H two O
+the 5G iPhone 15 | the five G iPhone fifteen
+C & D | C & D
+"""))  # fmt: skip
+def test_money_units_and_symbols_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+# === Characters ===
+
+
+@pytest.mark.parametrize("text, cleaned", [
+    ("ＡＢＣ１２３", "ABC123"),
+    ("你好，世界", "你好, 世界"),
+    ("你好😀世界👩‍👩‍👧", "你好 世界"),
+    ("zero\u200bwidth\u202e", "zerowidth"),
+    ("音樂還是重慶", "音乐还是重庆"),
+    ("著名的人看著", "著名的人看着"),
+    ("café", "cafe"),
+    ("a\x00b\ud800c", "a b c"),
+    ("ə↗ʰʤ", "h"),
+    ("\ue000", ""),
+])  # fmt: skip
+def test_clean_leaves_one_spelling(text, cleaned):
+    assert clean(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "text", ["你好，世界", "你好,世界", "你好、世界", "你好；世界", "你好。世界", "你好\n世界", "你好…世界"]
+)
+def test_a_pause_and_its_space_survive(g2p, text):
+    assert g2p(text)[g2p("你好").__len__()] in ",;.…"
+    assert " ʂ" in g2p(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " \t\n", "😀👍🏽", "。。！", "...", "こんにちは", "مرحبا", "\x00", "\ud83d", "（）", "-/-"]
+)
+def test_nothing_to_speak_gives_no_phonemes(g2p, text):
+    assert g2p(text) == ""
+
+
+@pytest.mark.parametrize("text", ["[hello](/wˈʌn/)", "[你好](/wˈʌn/)", "［hi］（／wˈʌn／）", "a [b](/ˈɛks/) 好"])
+def test_client_text_cannot_inject_phonemes(g2p, text):
+    assert "wˈʌn" not in g2p(text)
+    assert "ˈɛks" not in g2p(text)
+
+
+# === Mandarin readings ===
+
+
+@pytest.mark.parametrize("text, pinyin", table("""
+银行行长 | yin2 hang2 hang2 zhang3
+行走 | xing2 zou3
+第三行代码 | di4 san1 hang2 dai4 ma3
+在重庆长大 | zai4 chong2 qing4 zhang2 da4
+还是还了钱 | hai2 shi4 huan2 le5 qian2
+了解 | liao2 jie3
+跑得快 | pao3 de5 kuai4
+得到了 | de2 dao4 le5
+他得去医院 | ta1 dei3 qu4 yi1 yuan4
+慢慢地走 | man4 man4 de5 zou3
+这块地很大 | zhe4 kuai4 di4 hen3 da4
+首都都知道 | shou3 du1 dou1 zhi1 dao4
+便宜 | pian2 yi5
+音乐和快乐 | yin1 yue4 he2 kuai4 le4
+音樂 | yin1 yue4
+角色 | jue2 se4
+效率和率领 | xiao4 lv4 he2 shuai4 ling3
+三只小猫 | san1 zhi1 xiao3 mao1
+朋友的东西 | peng2 you5 de5 dong1 xi5
+妈妈 | ma1 ma5
+"""))  # fmt: skip
+def test_polyphones_and_neutral_tones(g2p, text, pinyin):
+    assert " ".join(g2p.pinyin(text)) == pinyin.replace("zhang2 da4", "zhang3 da4")
+
+
+@pytest.mark.parametrize("text, pinyin", table("""
+你好 | ni2 hao3
+我很好 | wo2 hen2 hao3
+展览馆 | zhan2 lan2 guan3
+不是 | bu2 shi4
+不好 | bu4 hao3
+好不好 | hao3 bu5 hao3
+一定 | yi2 ding4
+一天 | yi4 tian1
+一个 | yi2 ge4
+看一看 | kan4 yi5 kan4
+第一 | di4 yi1
+统一 | tong3 yi1
+一月一日 | yi1 yue4 yi1 ri4
+一百一十一 | yi4 bai3 yi1 shi2 yi1
+玩儿 | wan2 er5
+女儿 | nv3 er2
+"""))  # fmt: skip
+def test_tone_sandhi_and_erhua(g2p, text, pinyin):
+    assert " ".join(g2p.pinyin(text)) == pinyin
+
+
+def test_a_latin_word_in_mandarin_is_read_as_english(g2p):
+    english, mandarin = g2p("Python"), g2p("我用")
+    assert g2p("我用Python") == f"{mandarin} {english}"
+
+
+# === Lexicon ===
+
+
+def test_a_han_entry_with_pinyin_is_cut_and_read_as_given(tmp_path):
+    g2p = with_lexicon(tmp_path, "# 地名\n大长行 = da4 chang2 hang2\n")
+    assert g2p.pinyin("在大长行走") == ["zai4", "da4", "chang2", "hang2", "zou3"]
+
+
+@pytest.mark.parametrize("entry, text, spoken", [
+    ("IndexTTS = index T T S", "the indextts engine", "the index T T S engine"),
+    ("IndexTTS\tindex T T S", "用IndexTTS吧", "用 index T T S 吧"),
+    ("vLLM = 威 L M", "用vLLM吧", "用威 L M 吧"),
+    ("C++ = C plus plus", "in C++.", "in C plus plus."),
+    ("cat = dog", "concatenate cats", "concatenate cats"),
+])  # fmt: skip
+def test_a_latin_entry_matches_whole_words_in_any_case(tmp_path, entry, text, spoken):
+    assert with_lexicon(tmp_path, entry).speakable(text) == spoken
+
+
+def test_a_latin_entry_may_be_read_as_pinyin(tmp_path):
+    assert with_lexicon(tmp_path, "Qwen = qian1 wen4")("Qwen 2") == f"{'ʨʰjɛ→nwə↘n'} {'tˈu'}"
+
+
+def test_user_entries_win_over_built_in_ones(tmp_path):
+    assert G2P().speakable("README") == "reed me"
+    assert with_lexicon(tmp_path, "readme = R E A D").speakable("README") == "R E A D"
+
+
+@pytest.mark.parametrize("content, fault", [
+    ("# 好\n重庆", "line 2: '重庆' is no entry; write: word = reading"),
+    ("a =", "line 1: 'a =' is no entry"),
+    ("重庆 = chong2 qing", "line 1: 'qing' is no pinyin; write each syllable with its tone digit"),
+    ("重庆 = chong2", "line 1: 1 syllables for '重庆'"),
+    ("重庆 = ？！", "line 1: "),
+    (b"ok = okay\n\xff\xfe = b", "line 2: not UTF-8"),
+])  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, content, fault):
+    with pytest.raises(LexiconError) as raised:
+        with_lexicon(tmp_path, content)
+    assert fault in str(raised.value)
+    assert "lexicon.txt" in str(raised.value)
+
+
+def test_a_missing_lexicon_is_named(tmp_path):
+    with pytest.raises(LexiconError, match="none.txt: cannot be read"):
+        G2P(lexicon_file=tmp_path / "none.txt")
+
+
+# === Robustness ===
+
+ODD = st.text(alphabet=st.characters(), max_size=200) | st.text(
+    alphabet=st.sampled_from("0123456789.,:/-~%$¥+ AaBbzZ一不三得地行[]()@#^&=‰°C年月日个\n😀"), max_size=80
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=ODD)
+def test_any_text_gives_phonemes_of_the_vocabulary(text):
+    assert set(_shared()(text)) <= VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "character", list("1aA一行得,.(-/:@#%$ \u0301\u200b\ud800😀") + ["\x00", "ﷺ", "𠀀", "½", "1,", "a.", "a@", "1:"]
+)
+def test_work_grows_no_faster_than_the_text(g2p, character):
+    assert _calls(g2p, character * 1600) < 6 * _calls(g2p, character * 400) + 20_000
+
+
+def test_concurrent_calls_agree_with_single_ones(g2p):
+    texts = [f"第{i}行 costs ${i}.50, zzqx{chr(97 + i)}, 我很好" for i in range(20)]
+    alone, together = [g2p(t) for t in texts], {}
+    threads = [threading.Thread(target=lambda t=t: together.update({t: g2p(t)})) for t in random.sample(texts, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[t] for t in texts] == alone
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_no_file_is_written_outside_the_cache(tmp_path, monkeypatch, with_cache):
+    elsewhere, cache = tmp_path / "elsewhere", tmp_path / "cache"
+    elsewhere.mkdir(), cache.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    monkeypatch.chdir(elsewhere)
+    G2P(cache_dir=cache if with_cache else None)("你好 zzqx")
+    assert list(elsewhere.iterdir()) == []
+    assert [f.name for f in cache.iterdir()] == (["jieba.cache"] if with_cache else [])
+
+
+def _shared(made=[]) -> G2P:  # noqa: B006
+    """One G2P for hypothesis, which takes no module fixture."""
+    if not made:
+        made.append(G2P())
+    return made[0]
+
+
+def _calls(g2p: G2P, text: str) -> int:
+    """Python and C functions called while the text is read: a measure of work that no clock disturbs."""
+    count = 0
+
+    def tally(frame, event, argument):
+        nonlocal count
+        count += 1
+
+    embedded_g2p._phones.cache_clear()
+    sys.setprofile(tally)
+    try:
+        g2p(text)
+    finally:
+        sys.setprofile(None)
+    return count

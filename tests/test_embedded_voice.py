@@ -1,0 +1,85 @@
+"""The embedded engine: weights, styles, long and empty texts, giving up."""
+
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import embedded_voice
+from embedded_voice import EmbeddedVoice, Styles, WeightsError, read_weights
+
+
+@pytest.fixture(scope="module")
+def voice():
+    """The real engine, loaded with no way to the network."""
+    real, socket.socket = socket.socket, None
+    try:
+        return EmbeddedVoice(threads=2)
+    finally:
+        socket.socket = real
+
+
+def test_weights_with_another_checksum_are_refused(monkeypatch):
+    monkeypatch.setattr(embedded_voice, "WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(WeightsError, match="sha256"):
+        read_weights()
+
+
+def test_missing_weights_are_told_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(embedded_voice, "WEIGHT_PACKAGES", ("no_such_package",))
+    with pytest.raises(WeightsError, match="make run"):
+        read_weights()
+
+
+def test_a_blend_is_a_weighted_sum_and_a_bar_joins_halves():
+    styles = Styles()
+    a, b = styles.table("am_onyx"), styles.table("af_heart")
+    assert np.allclose(styles.blend("am_onyx*0.75+af_heart*0.25"), 0.75 * a + 0.25 * b, atol=1e-5)
+    halves = styles.blend("am_onyx|af_heart")
+    assert np.array_equal(halves[:, :128], a[:, :128]) and np.array_equal(halves[:, 128:], b[:, 128:])
+
+
+def test_an_unknown_style_is_told_the_styles():
+    with pytest.raises(ValueError, match="am_onyx"):
+        Styles().blend("nobody")
+
+
+@pytest.mark.parametrize(
+    "text", ["今天天气很好，" * 60, "The boats lay still in the harbour, " * 40, "1234567890" * 30]
+)
+def test_more_than_508_tokens_are_spoken(voice, text):
+    assert len(voice.speak(text, "am_onyx")) > 24_000 * 20
+
+
+@pytest.mark.parametrize("text", ["", " ", "😀", "。。！", "こんにちは", "مرحبا"])
+def test_nothing_to_speak_gives_no_samples(voice, text):
+    assert len(voice.speak(text, "am_onyx")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "speakable"), [("你", True), ("a", True), ("５", True), ("½", True), ("こ", False), ("！", False)]
+)
+def test_it_knows_what_it_can_read(voice, text, speakable):
+    assert voice.can_speak(text) is speakable
+
+
+def test_giving_up_ends_a_long_utterance_within_a_second(voice):
+    stops, ended = [], []
+    text = "The boats lay still in the harbour that morning, " * 9
+
+    def speak():
+        with pytest.raises(Exception, match=""):
+            voice.speak(text, "am_onyx", 1.0, stops.append)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    time.sleep(1.0)
+    assert not ended
+    stopped = time.monotonic()
+    stops[0]()
+    thread.join(30)
+    assert ended[0] - stopped < 1
+    assert len(voice.speak("Still here.", "am_onyx")) > 12_000

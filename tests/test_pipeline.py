@@ -1,0 +1,201 @@
+"""The speech pipeline: order, fairness, the queue's bound, cancelling, faults in the middle."""
+
+import base64
+import json
+import threading
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+
+from app import Busy, ClientGone, EngineFault, Order, Settings, Slots, Speech, Unavailable, split_utterances
+
+SENTENCES = "The first sentence is here. Then comes the second one. And a third one ends it all now. A fourth follows."
+SPEECH = "/v1/audio/speech"
+
+
+@pytest.fixture
+def speech(app):
+    """The service on the scripted engine."""
+    return app.extensions["speech"]
+
+
+def order(speech, text=SENTENCES, **fields):
+    """An order for the default voice."""
+    return Order(text, speech.voices.resolve(None), **fields)
+
+
+def until(condition, deadline_s=5.0):
+    """Wait for a condition to hold."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+
+
+def test_audio_comes_in_the_order_of_the_text(speech, engine):
+    numbers = iter(range(100))
+    engine.script = lambda text, options: np.full(12_000, next(numbers) / 100 + 0.05, np.float32)
+    levels = [float(np.median(chunk.samples[2000:10_000])) for chunk in speech.speak(order(speech))]
+    assert levels == sorted(levels) and len(levels) == len(split_utterances(SENTENCES)) > 1
+
+
+def test_the_next_utterance_is_made_while_one_is_sent(speech, engine):
+    audio = speech.speak(order(speech))
+    next(audio)
+    until(lambda: len(engine.spoken) == 2)
+    audio.close()
+
+
+def test_a_reader_that_stops_reading_stops_the_engine(speech, engine):
+    audio = speech.speak(order(speech, SENTENCES * 10))
+    next(audio)
+    until(lambda: len(engine.spoken) == 2)
+    time.sleep(0.1)
+    assert len(engine.spoken) == 2
+    audio.close()
+
+
+def test_there_is_a_pause_between_sentences_and_none_at_the_end(speech):
+    *middle, last = list(speech.speak(order(speech)))
+    assert all(not chunk.samples[-2400:].any() for chunk in middle)
+    assert last.samples[-2400:].any()
+
+
+def test_pauses_shrink_with_speed(speech, engine):
+    first = [next(speech.speak(order(speech, speed=speed))).seconds for speed in (1.0, 2.0)]
+    assert first[1] == pytest.approx(first[0] / 2, rel=0.05)
+
+
+def test_slots_go_round_robin_between_requests():
+    slots, taken, gate, done = Slots(1), threading.Event(), threading.Event(), []
+    one, two = deque(), deque()
+    slots.submit(deque(), lambda: taken.set() or gate.wait(5))
+    taken.wait(5)
+    jobs = [slots.submit(one, lambda n=n: done.append(f"one {n}")) for n in range(3)]
+    jobs += [slots.submit(two, lambda n=n: done.append(f"two {n}")) for n in range(2)]
+    gate.set()
+    for job in jobs:
+        job.result(5)
+    assert done == ["one 0", "two 0", "one 1", "two 1", "one 2"]
+
+
+def test_the_queue_is_bounded(app, speech, engine):
+    gate = threading.Event()
+    engine.script = lambda text, options: gate.wait(5) and None
+    running = [threading.Thread(target=lambda: list(speech.speak(order(speech)))) for _ in range(8)]
+    for thread in running:
+        thread.start()
+    until(lambda: speech.requests == 8)
+    refused = app.test_client().post(SPEECH, json={"model": "m", "input": "Hello."})
+    assert (refused.status_code, refused.json["error"]["code"], refused.headers["Retry-After"]) == (
+        429,
+        "queue_full",
+        "5",
+    )
+    gate.set()
+    for thread in running:
+        thread.join(5)
+    assert speech.requests == 0
+
+
+def test_a_client_that_left_is_noticed_while_waiting(speech, engine):
+    stopped = threading.Event()
+
+    def until_cancelled(text, options):
+        options.cancellation.on_cancel(stopped.set)
+        stopped.wait(5)
+
+    engine.script = until_cancelled
+    left_at = time.monotonic() + 0.1
+    with pytest.raises(ClientGone):
+        list(speech.speak(order(speech, is_gone=lambda: time.monotonic() > left_at)))
+    assert stopped.is_set() and time.monotonic() < left_at + 1
+    assert speech.requests == 0
+    until(lambda: len(engine.spoken) == 1)
+
+
+def test_waiting_utterances_of_a_client_that_left_are_not_made(speech, engine):
+    audio = speech.speak(order(speech, SENTENCES * 3))
+    next(audio)
+    audio.close()
+    made = len(engine.spoken)
+    time.sleep(0.1)
+    assert len(engine.spoken) <= made + 1
+
+
+def test_an_utterance_past_its_deadline_is_503(engine):
+    speech = Speech(Settings(utterance_timeout_s=0.3), engine)
+    speech.trouble = None
+    gate = threading.Event()
+    engine.script = lambda text, options: gate.wait(5) and None
+    with pytest.raises(Unavailable, match="in time"):
+        list(speech.speak(order(speech)))
+    gate.set()
+
+
+@pytest.mark.parametrize("made", [np.zeros(0), np.zeros(12_000), np.full(12_000, np.nan), np.full(12_000, np.inf)])
+def test_what_is_not_speech_never_leaves(app, engine, made):
+    engine.script = lambda text, options: made.astype(np.float32)
+    response = app.test_client().post(SPEECH, json={"model": "m", "input": "Hello.", "response_format": "pcm"})
+    assert (response.status_code, response.json["error"]["code"]) == (500, "engine_fault")
+
+
+def failing_second(engine):
+    """Make the engine fail at its second utterance."""
+
+    def script(text, options):
+        if len(engine.spoken) > 1:
+            raise EngineFault("The engine fell over.")
+
+    engine.script = script
+
+
+def test_a_failure_before_the_first_byte_has_its_own_status(app, engine):
+    failing_second(engine)
+    response = app.test_client().post(SPEECH, json={"model": "m", "input": SENTENCES})
+    assert response.status_code == 500
+
+
+def test_a_failure_after_the_first_byte_breaks_the_body(app, engine):
+    failing_second(engine)
+    response = app.test_client().post(SPEECH, json={"model": "m", "input": SENTENCES, "response_format": "pcm"})
+    with pytest.raises(EngineFault):
+        response.get_data()
+
+
+def events(response):
+    """The server-sent events' contents."""
+    return [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line]
+
+
+def test_sse_sends_the_formats_bytes_and_its_usage(app):
+    asked = {"model": "m", "input": SENTENCES, "response_format": "pcm"}
+    plain = app.test_client().post(SPEECH, json=asked)
+    sent = app.test_client().post(SPEECH, json={**asked, "stream_format": "sse"})
+    *deltas, done = events(sent)
+    assert sent.content_type.startswith("text/event-stream")
+    assert {delta["type"] for delta in deltas} == {"speech.audio.delta"} and len(deltas) > 1
+    assert b"".join(base64.b64decode(delta["audio"]) for delta in deltas) == plain.data
+    frames = round(len(plain.data) / 48_000 * 50)
+    usage = {"input_tokens": len(SENTENCES), "output_tokens": frames, "total_tokens": len(SENTENCES) + frames}
+    assert done == {"type": "speech.audio.done", "usage": usage}
+
+
+def test_sse_tells_of_a_failure_and_never_says_done(app, engine):
+    failing_second(engine)
+    asked = {"model": "m", "input": SENTENCES, "response_format": "pcm", "stream_format": "sse"}
+    *_, last = events(app.test_client().post(SPEECH, json=asked))
+    assert last["type"] == "error"
+    assert last["error"]["code"] == "engine_fault"
+
+
+def test_busy_is_not_left_behind_by_a_refusal(speech):
+    speech.settings = Settings(queue_requests=1)
+    first = speech.speak(order(speech))
+    next(first)
+    with pytest.raises(Busy):
+        next(speech.speak(order(speech)))
+    first.close()
+    assert speech.requests == 0

@@ -1,0 +1,121 @@
+"""voices.json, aliases, and the settings that name files."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from app import InvalidRequest, Settings, Voices
+
+HERE = Path(__file__).resolve().parent
+ELEVEN = ["alloy", "echo", "fable", "onyx", "nova", "shimmer", "ash", "ballad", "coral", "sage", "verse"]
+WORKER_IDS = ["default", "speaker_1", "speaker_2", "speaker_3", "speaker_4", "speaker_5",
+              "male_1", "male_2", "female_1", "female_2", "male_young",
+              "female_young", "male_mature", "female_mature", "marin", "cedar"]  # fmt: skip
+
+
+@pytest.fixture
+def voices():
+    """The shipped voices."""
+    return Voices.load(HERE.parent / "voices.json")
+
+
+def broken(tmp_path, change):
+    """Write voices.json with a change made to its text; return its path."""
+    path = tmp_path / "voices.json"
+    path.write_text(change((HERE.parent / "voices.json").read_text()))
+    return path
+
+
+def test_the_eleven_come_in_their_order_without_aliases(client):
+    for path in ("/v1/audio/voices", "/audio/voices"):
+        listed = client.get(path).json["voices"]
+        assert [voice["id"] for voice in listed] == ELEVEN
+        assert {"id": "alloy", "name": "Alloy", "language": "multi"}.items() <= listed[0].items()
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_each_voice_has_its_reference_audio(voices, number):
+    voice = voices.voices[number - 1]
+    assert voice.reference_audio == f"examples/voice_{number:02}.wav"
+    assert voices.of_reference(f"/root/index-tts/examples/voice_{number:02}.wav") is voice
+    assert voices.of_reference(f"C:\\x\\voice_{number:02}.wav") is voice
+
+
+@pytest.mark.parametrize(
+    "path", ["voice_12.wav", "voice_01.wav.bak", "xvoice_01.wav", "", "/", "voice_01.wav/", "../../etc/passwd"]
+)
+def test_another_path_is_nobodys_reference(voices, path):
+    assert voices.of_reference(path) is None
+
+
+@pytest.mark.parametrize("alias", WORKER_IDS)
+def test_the_workers_ids_mean_voices(voices, alias):
+    assert voices.resolve(alias).id in ELEVEN
+
+
+def test_numbered_speakers_are_distinct(voices):
+    assert len({voices.resolve(f"speaker_{n}").id for n in range(1, 6)}) == 5
+
+
+def test_no_name_means_the_default_and_an_unknown_one_is_refused(voices):
+    assert voices.resolve(None).id == "alloy"
+    with pytest.raises(InvalidRequest, match="alloy, echo"):
+        voices.resolve("Alloy")
+
+
+@pytest.mark.parametrize(("change", "line", "reason"), [
+    (lambda text: text.replace('"default"', '"default', 1), 2, "delimiter"),
+    (lambda text: text.replace('"id": "echo", "name": "Echo", ', '"id": "echo", '), 7, "name"),
+    (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 1, "same id"),
+    (lambda text: text.replace('"marin": "', '"marin": "x'), 1, "marin"),
+    (lambda text: text.replace('"voices"', '"choirs"'), 1, "voices"),
+])  # fmt: skip
+def test_a_broken_file_is_refused_with_its_line(tmp_path, change, line, reason):
+    path = broken(tmp_path, change)
+    with pytest.raises(ValueError, match=reason) as caught:
+        Voices.load(path)
+    assert str(caught.value).startswith(f"{path}:{line}:")
+
+
+def test_a_broken_file_leaves_the_running_voices(app, tmp_path, caplog):
+    speech = app.extensions["speech"]
+    running = speech.voices
+    object.__setattr__(speech, "settings", Settings(voices_file=broken(tmp_path, lambda text: text[:200])))
+    speech.reload_voices()
+    assert speech.voices is running
+    assert "voices not reloaded" in caplog.text
+
+
+def test_a_new_voice_is_served_after_a_reload(app, client, tmp_path):
+    def rename(text):
+        return json.dumps({**json.loads(text), "aliases": {**json.loads(text)["aliases"], "hero": "onyx"}})
+
+    speech = app.extensions["speech"]
+    speech.settings = Settings(voices_file=broken(tmp_path, rename))
+    speech.reload_voices()
+    assert (
+        client.post("/v1/audio/speech", json={"model": "m", "input": "a", "voice": "hero"}).headers["X-Voice"] == "onyx"
+    )
+
+
+def test_settings_come_from_the_environment():
+    environment = {"TTS_API_KEYS": "a, b,,c", "TTS_SLOTS": "3", "TTS_UTTERANCE_TIMEOUT_S": "1.5", "HOME": "/x"}
+    settings = Settings.from_env(environment)
+    assert (settings.api_keys, settings.slots, settings.utterance_timeout_s) == (("a", "b", "c"), 3, 1.5)
+    assert settings.voices_file.name == "voices.json"
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("TTS_SLOTS", "many"), ("TTS_SLOTS", "-1"), ("TTS_ENGINE", "magic"), ("TTS_MAX_BODY_BYTES", "1"),
+])  # fmt: skip
+def test_a_wrong_setting_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}: .*{value}"):
+        Settings.from_env({name: value})
+
+
+def test_an_unknown_setting_is_reported(caplog):
+    with caplog.at_level(logging.WARNING):
+        Settings.from_env({"TTS_SLOT": "3"})
+    assert "TTS_SLOT" in caplog.text and "TTS_SLOTS" in caplog.text
