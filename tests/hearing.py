@@ -13,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import cn2an
+import ctranslate2
 import numpy as np
 import soxr
 from faster_whisper import WhisperModel
@@ -47,7 +48,7 @@ def whisper_folder() -> str:
 
 
 class Listener:
-    """whisper-base (int8) on the CPU: the same samples always give the same text."""
+    """whisper-base (int8) on the CPU with its usual settings: what it hears as a loop it hears again, seeded."""
 
     def __init__(self, threads: int = 2):
         self.model = WhisperModel(
@@ -56,10 +57,9 @@ class Listener:
 
     def listen(self, samples: np.ndarray, sample_rate: int, language: str) -> str:
         """The text heard; language is "en", or "zh" for Mandarin and mixed text."""
+        ctranslate2.set_random_seed(0)
         heard = soxr.resample(np.asarray(samples, np.float32), sample_rate, HEARING_RATE)
-        segments, _ = self.model.transcribe(
-            heard, language=language, beam_size=5, temperature=0.0, condition_on_previous_text=False
-        )
+        segments, _ = self.model.transcribe(heard, language=language)
         return "".join(segment.text for segment in segments).strip()
 
 
@@ -158,15 +158,31 @@ def speaker_embedding(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-def median_pitch_hz(samples: np.ndarray, sample_rate: int) -> float:
-    """Median over voiced 40 ms frames, 60 to 400 Hz, by normalised autocorrelation; nan where nothing is voiced."""
+def pitch_hz(samples: np.ndarray, sample_rate: int) -> np.ndarray:
+    """float [time], one each 10 ms: 60 to 400 Hz by normalised autocorrelation over 40 ms; nan where not voiced."""
     size, shortest = int(0.04 * sample_rate), sample_rate // 100  # the latter, as all lags, in quarters of a sample
     frames = np.lib.stride_tricks.sliding_window_view(np.asarray(samples, float), size)[:: size // 4]
-    frames = frames[np.mean(frames**2, axis=1) > 0.1 * np.mean(np.square(samples))]
     curves = np.fft.irfft(np.abs(np.fft.rfft(frames, 2 * size)) ** 2, 8 * size)[:, : sample_rate // 15 + 2]
-    curves /= curves[:, :1] * (1 - np.arange(curves.shape[1]) / (4 * size))  # longer lags sum over less
+    curves /= np.maximum(curves[:, :1], 1e-9) * (1 - np.arange(curves.shape[1]) / (4 * size))  # longer lags sum less
     left, mid, right = curves[:, shortest - 1 : -2], curves[:, shortest:-1], curves[:, shortest + 1 :]
     peaks = np.where((mid >= left) & (mid > right) & (mid > 0.7), mid, 0)
-    peaks = peaks[peaks.any(axis=1)]
+    voiced = peaks.any(axis=1) & (np.mean(frames**2, axis=1) > 0.1 * np.mean(np.square(samples)))
     lags = shortest + (peaks > 0.9 * peaks.max(axis=1, keepdims=True)).argmax(axis=1)  # later ones: octaves below
-    return 4 * sample_rate / float(np.median(lags)) if len(lags) else float("nan")
+    return np.where(voiced, 4 * sample_rate / lags, np.nan)
+
+
+def median_pitch_hz(samples: np.ndarray, sample_rate: int) -> float:
+    """Median over what is voiced; nan where nothing is."""
+    return float(np.nanmedian(pitch_hz(samples, sample_rate)))
+
+
+def pitch_change(plain: np.ndarray, spoken: np.ndarray, speed: float) -> float:
+    """Median ratio of two pitch tracks of one text, the second `speed` times as fast, moment by moment.
+
+    Each one's own median would also tell how many moments of a gliding tone the tracker found voiced.
+    """
+    moments = np.rint((np.arange(len(spoken)) + 2) * speed - 2).astype(int)  # by their frames' middles
+    inside = (moments >= 0) & (moments < len(plain))
+    ratios = spoken[inside] / plain[moments[inside]]
+    assert np.isfinite(ratios).sum() > 10, "too little of both is voiced"
+    return float(np.nanmedian(ratios))
