@@ -13,8 +13,10 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -86,17 +88,19 @@ class EmbeddedVoice:
     """Speaks one utterance at a time for each calling thread."""
 
     def __init__(self, threads: int = 2, lexicon: Path | None = None, cache_dir: Path | None = None):
-        self._g2p = G2P(lexicon, cache_dir)
+        with ThreadPoolExecutor(1) as beside:
+            session = beside.submit(load_network, threads)
+            self._g2p = G2P(lexicon, cache_dir)
+            self._session = session.result()
         self._styles = Styles()
         self._vocabulary: dict[str, int] = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-        self._session = onnxruntime.InferenceSession(
-            unroll_convolutions(read_weights()), session_options(threads), providers=["CPUExecutionProvider"]
-        )
 
     @staticmethod
-    def language(text: str) -> str:
-        """Return which of a voice's styles speaks a text: zh where it holds a Han character, else en."""
-        return "zh" if has_han(text) else "en"
+    def language(text: str) -> Literal["en", "zh", "mixed"]:
+        """Return which of a voice's styles speaks a text: mixed is Mandarin with Latin words in it."""
+        if not has_han(text):
+            return "en"
+        return "mixed" if re.search("[A-Za-z]", text) else "zh"
 
     @staticmethod
     def can_speak(text: str) -> bool:
@@ -130,9 +134,19 @@ class EmbeddedVoice:
             "style": table[len(tokens) - 1][None].astype(np.float32),
             "speed": np.array([speed], np.float32),
         }
-        if run_options.terminate:
-            raise Cancelled
-        return self._session.run(None, inputs, run_options)[0].ravel()
+        try:
+            if not run_options.terminate:
+                return self._session.run(None, inputs, run_options)[0].ravel()
+        except Exception:  # onnxruntime has no exception of its own for this
+            if not run_options.terminate:
+                raise
+        raise Cancelled
+
+
+def load_network(threads: int) -> onnxruntime.InferenceSession:
+    """Return the network, ready to run; raise WeightsError."""
+    model = unroll_convolutions(read_weights())
+    return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
