@@ -333,13 +333,14 @@ def printable(text: str, limit: int) -> str:
 
 
 class EmbeddedStyle(BaseModel):
-    """How the embedded engine speaks a voice: a blend of its styles and a gain in dB for each language."""
+    """How the embedded engine speaks a voice: a blend of its styles and a gain in dB for each kind of text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     en: str
     zh: str
-    gain_db: dict[Literal["en", "zh"], float]
+    mixed: str  # Mandarin with Latin words in it
+    gain_db: dict[Literal["en", "zh", "mixed"], float]
 
 
 class Voice(BaseModel):

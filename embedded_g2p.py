@@ -440,6 +440,8 @@ LEXICON_FREQUENCY = 10**6  # jieba prefers the word to any other cut
 PAUSES = " ,.;:!?…()\"“”—'-"
 SPACE_BEFORE_PAUSE = re.compile(" (?=[,.;:!?…)”])")
 LETTER_A = re.compile(r"^A$|\bA(?=[ -]+[A-Z]\b)|(?<=\b[A-Z][ -])A\b")
+# In a Mandarin voice a bare p is heard as b: the p, t, k that English breathes on are written as Mandarin's.
+BREATHED = re.compile("(?<![^ ])[ptk](?=[ˈˌɑɔəɛɜɪʊʌæiuAIOWYQɹlwj])|(?<=[^ s])[ptk](?=ˈ)")
 LONG_WORD = re.compile(r"\S{40}(?=\S)")  # hibari's time grows with the cube of a word's length
 
 
@@ -464,7 +466,8 @@ class G2P:
 
     def __call__(self, text: str) -> str:
         """Phonemes in Kokoro's alphabet; '' when there is nothing to speak."""
-        phonemes = "".join(self._run(run) for run in RUN.findall(self.speakable(text)))
+        text = self.speakable(text)
+        phonemes = "".join(self._run(run, has_han(text)) for run in RUN.findall(text))
         phonemes = SPACE_BEFORE_PAUSE.sub("", " ".join("".join(c for c in phonemes if c in VOCABULARY).split()))
         return phonemes if any(c.isalpha() for c in phonemes) else ""
 
@@ -489,13 +492,14 @@ class G2P:
         else:
             self._respellings[word] = reading
 
-    def _run(self, run: str) -> str:
+    def _run(self, run: str, among_han: bool) -> str:
         """Phonemes of a stretch in one script; Mandarin with a space after each word, as Kokoro learnt it."""
         if has_han(run):
             return " ".join("".join(map(_phones, word)) for word in self._syllables(run))
         if run in self._readings:
             return f" {''.join(map(_phones, self._readings[run]))} "
-        return self._latin(run)
+        english = self._latin(run)
+        return BREATHED.sub(r"\g<0>ʰ", english) if among_han else english
 
     def _syllables(self, run: str) -> list[list[str]]:
         """Syllables by word, after polyphones and tone sandhi."""
