@@ -1,61 +1,75 @@
-"""Listening: whisper-base hears what all eleven voices say, and a speaker embedding tells them apart.
-
-The aim is a CER of 4 % (8 % for any one voice) and a WER of 2 %; the Mandarin one is not met by sage yet.
-"""
+"""Listening: whisper-base hears what all eleven voices say, and a speaker embedding tells them apart."""
 
 from itertools import combinations
 
 import numpy as np
 import pytest
-from hearing import Listener, character_error_rate, speaker_embedding, word_error_rate
+from hearing import Listener, character_error_rate, mixed_error_rate, speaker_embedding, word_error_rate
 
+# The Mandarin avoids what sounds the same in other characters (图书馆里有, 图书管理有): no voice could say it better.
 VOICES = ["alloy", "echo", "fable", "onyx", "nova", "shimmer", "ash", "ballad", "coral", "sage", "verse"]
 SENTENCES = {
     "zh": [
-        "请把窗户关上，外面的风太大了。", "我们明天早上八点在车站门口见面。", "这家饭店的菜又便宜又好吃。",
-        "医生建议他每天晚上早一点睡觉。", "昨天的比赛非常精彩，大家都很高兴。", "图书馆里有很多关于历史的书。",
+        "请把窗户关上，外面风很大。", "我们明天早上八点在车站门口见面。", "这家饭店的菜又便宜又好吃。",
+        "医生建议他每天晚上早一点睡觉。", "昨天的比赛非常精彩，大家都很高兴。", "书架上有很多关于历史的书。",
     ],
     "en": [
         "Please close the window, the wind is too strong.", "We will meet at the station at eight in the morning.",
         "The doctor told him to go to bed earlier.", "There are many books about history in the library.",
         "Yesterday the game was exciting and everybody was happy.", "The children played in the garden until dinner.",
     ],
+    "mixed": [
+        "这个 bug 修好以后，请告诉我一声。", "我们下周一在 Zoom 上开会。", "她在 Microsoft 工作了三年。",
+        "你看过 Harry Potter 这本书吗？", "这台 laptop 只有一公斤重。", "他每天用 Excel 记录花了多少钱。",
+    ],
 }  # fmt: skip
+
+
+SAID_BY_EACH = {"zh": 6, "en": 3, "mixed": 3}  # sentences a voice; Mandarin is judged voice by voice
+RATES = {"zh": character_error_rate, "en": word_error_rate, "mixed": mixed_error_rate}
 
 
 @pytest.fixture(scope="module")
 def spoken(server):
-    """Each voice's samples by language: six sentences over the voices, three of them by each."""
+    """Samples at 24 kHz by voice, language and text."""
     said = {}
     for number, voice in enumerate(VOICES):
         for language, sentences in SENTENCES.items():
-            for step in range(3):
-                text = sentences[(number + 2 * step) % 6]
+            for step in range(SAID_BY_EACH[language]):
+                text = sentences[(number + step) % 6]
                 said[voice, language, text] = server.speak(text, voice=voice)[0]
     return said
 
 
 @pytest.mark.parametrize(
-    ("language", "rate", "limit"), [("zh", character_error_rate, 0.06), ("en", word_error_rate, 0.02)]
+    ("language", "over_all", "any_one"), [("zh", 0.04, 0.08), ("en", 0.02, 0.2), ("mixed", 0.12, 0.4)]
 )
-def test_a_listener_understands_every_voice(spoken, language, rate, limit):
+def test_a_listener_understands_every_voice(spoken, language, over_all, any_one):
     listener = Listener()
-    rates = {}
+    errors = {voice: [] for voice in VOICES}
     for (voice, tongue, text), samples in spoken.items():
         if tongue == language:
-            heard = listener.listen(samples, 24_000, language)
-            rates.setdefault(voice, []).append(rate(text, heard))
-    table = {voice: round(float(np.mean(values)), 3) for voice, values in rates.items()}
+            heard = listener.listen(samples, 24_000, "en" if language == "en" else "zh")
+            errors[voice].append(RATES[language](text, heard))
+    table = {voice: round(float(np.mean(values)), 3) for voice, values in errors.items()}
     mean = float(np.mean(list(table.values())))
     print(f"{language}: {mean:.3f} over all; {table}")
-    assert mean <= limit
+    assert mean <= over_all, table
+    assert max(table.values()) <= any_one, table
 
 
 def test_the_voices_are_told_apart(spoken):
-    for language in SENTENCES:
-        clips = {v: np.concatenate([s for (o, t, _), s in spoken.items() if (o, t) == (v, language)]) for v in VOICES}
-        embedded = {voice: speaker_embedding(samples, 24_000) for voice, samples in clips.items()}
-        pairs = {(a, b): float(embedded[a] @ embedded[b]) for a, b in combinations(VOICES, 2)}
-        closest = max(pairs, key=pairs.get)
-        print(f"{language}: closest {closest} {pairs[closest]:.3f}")
-        assert pairs[closest] < 0.85
+    """No two are alike, and each is more like itself, in other sentences, than like any other."""
+    for language in ("zh", "en"):
+        clips = {v: [s for (o, t, _), s in spoken.items() if (o, t) == (v, language)] for v in VOICES}
+        halves = {
+            voice: [speaker_embedding(np.concatenate(part), 24_000) for part in (said[::2], said[1::2])]
+            for voice, said in clips.items()
+        }
+        whole = {voice: sum(pair) / np.linalg.norm(sum(pair)) for voice, pair in halves.items()}
+        alike = {pair: float(whole[pair[0]] @ whole[pair[1]]) for pair in combinations(VOICES, 2)}
+        closest = max(alike, key=alike.get)
+        print(f"{language}: closest {closest} {alike[closest]:.3f}")
+        assert alike[closest] < 0.85
+        for voice, (one, other) in halves.items():
+            assert one @ other > max(one @ halves[stranger][1] for stranger in VOICES if stranger != voice), voice

@@ -67,7 +67,7 @@ def test_no_name_means_the_default_and_an_unknown_one_is_refused(voices):
 
 @pytest.mark.parametrize(("change", "line", "reason"), [
     (lambda text: text.replace('"default"', '"default', 1), 2, "delimiter"),
-    (lambda text: text.replace('"id": "echo", "name": "Echo", ', '"id": "echo", '), 7, "name"),
+    (lambda text: text.replace('"id": "echo", "name": "Echo", ', '"id": "echo", '), 8, "name"),
     (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 1, "same id"),
     (lambda text: text.replace('"marin": "', '"marin": "x'), 1, "marin"),
     (lambda text: text.replace('"voices"', '"choirs"'), 1, "voices"),
