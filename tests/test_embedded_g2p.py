@@ -295,8 +295,17 @@ def test_tone_sandhi_and_erhua(g2p, text, pinyin):
 
 
 def test_a_latin_word_in_mandarin_is_read_as_english(g2p):
-    english, mandarin = g2p("Python"), g2p("我用")
-    assert g2p("我用Python") == f"{mandarin} {english}"
+    english, mandarin = g2p("Linux"), g2p("我用")
+    assert g2p("我用Linux") == f"{mandarin} {english}"
+
+
+@pytest.mark.parametrize(
+    ("word", "phonemes"),
+    [("Python", "pʰˈIθˌɑn"), ("stop", "stˈɑp"), ("hotel", "hOtʰˈɛl"), ("PPT", "pʰˌipˌitʰˈi")],
+)
+def test_english_p_t_k_are_breathed_on_in_a_mandarin_line(g2p, word, phonemes):
+    assert g2p(f"用{word}写").split()[1] == phonemes
+    assert "ʰ" not in g2p(f"I like {word}.")
 
 
 # === Lexicon ===
