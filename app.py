@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import re
+import select
 import socket
 import threading
 import time
@@ -46,8 +47,18 @@ import numpy as np
 import soundfile
 import soxr
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from werkzeug.exceptions import HTTPException, UnsupportedMediaType
+from gunicorn.http.errors import ParseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
 
 HERE = Path(__file__).resolve().parent
 RELEASE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # /health shows it: which app.py is this
@@ -58,8 +69,13 @@ log = logging.getLogger("speech")
 
 
 def split_list(value: object) -> object:
-    """Turn the comma-separated text of a variable into a tuple; leave anything else alone."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    """Turn the comma-separated text of a variable into a tuple; raise ValueError where nothing is in it."""
+    if not isinstance(value, str):
+        return value
+    parts = tuple(part.strip() for part in value.split(",") if part.strip())
+    if not parts or not value.isascii():
+        raise ValueError("name at least one, in ASCII, or leave the variable out")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -101,13 +117,15 @@ MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request un
 PCM_RATE = 24_000  # Hz; what OpenAI's clients assume of raw pcm
 RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health answers
 LOOKAHEAD = 2  # utterances of one request submitted at once: one is made while one is sent
+BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
+SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
 RETRY_AFTER_S = 5
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
-OPEN_ENDPOINTS = {"speech.health", "speech.list_voices", "speech.list_models", "speech.list_audio_models"}
+OPEN_ENDPOINTS = {None, "speech.health", "speech.list_voices", "speech.list_models", "speech.list_audio_models"}
 
-MPEG_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+MPEG_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # below, a frame lasts up to 128 ms
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,7 @@ class Format:
     content_type: str
     container: str
     codec: str
-    rates: tuple[int, ...] = MPEG_RATES
+    rates: tuple[int, ...] = (8_000, 11_025, 12_000, *MPEG_RATES)
     bit_rate: int | None = None
     whole: bool = False  # carries its length in its header, so it is sent in one piece unless `stream` is set
     primed: bool = False  # its first packets hold the codec's delay, and nothing in the container says so
@@ -130,11 +148,11 @@ FORMATS = {
     "flac": Format("audio/flac", "flac", "flac", whole=True),
     "pcm": Format("audio/pcm", "s16le", "pcm_s16le", rates=(PCM_RATE,)),
     "mp3": Format(
-        "audio/mpeg", "mp3", "libmp3lame", bit_rate=96_000, primed=True,
+        "audio/mpeg", "mp3", "libmp3lame", MPEG_RATES, bit_rate=96_000, primed=True,
         muxing={"id3v2_version": "0", "write_xing": "0"}, coding={"reservoir": "0"},
     ),
     "opus": Format("audio/ogg", "ogg", "libopus", (24_000, 48_000), 64_000, muxing={"page_duration": "200000"}),
-    "aac": Format("audio/aac", "adts", "aac", bit_rate=96_000, primed=True),
+    "aac": Format("audio/aac", "adts", "aac", MPEG_RATES, bit_rate=96_000, primed=True),
 }
 
 
@@ -208,7 +226,8 @@ class ClientGone(ConnectionResetError):
 
 def voice_name(value: object) -> object:
     """Take OpenAI's custom voice object {"id": NAME} for NAME."""
-    return value["id"] if isinstance(value, dict) and value.keys() == {"id"} else value
+    named = isinstance(value, dict) and value.keys() == {"id"} and isinstance(value["id"], str)
+    return value["id"] if named else value
 
 
 def spoken_text(value: str) -> str:
@@ -227,8 +246,10 @@ def emotion_sum(value: list[float]) -> list[float]:
     return value
 
 
-Text = Annotated[str, BeforeValidator(lambda v: spoken_text(v) if isinstance(v, str) else v)]
-EmotionVector = Annotated[list[Annotated[float, Field(ge=0, le=1.5)]], Field(min_length=8, max_length=8)]
+SPOKEN = BeforeValidator(lambda value: spoken_text(value) if isinstance(value, str) else value)
+EmotionVector = Annotated[
+    list[Annotated[float, Field(ge=0, le=1.5)]], Field(min_length=8, max_length=8), AfterValidator(emotion_sum)
+]
 
 
 class JsonRequest(BaseModel):
@@ -257,7 +278,7 @@ class SpeechRequest(JsonRequest):
     """OpenAI's createSpeech, and after `instructions` our extensions."""
 
     model: str
-    input: Annotated[Text, Field(max_length=MAX_INPUT_CHARACTERS)]
+    input: Annotated[str, Field(max_length=MAX_INPUT_CHARACTERS), SPOKEN]
     voice: Annotated[str | None, BeforeValidator(voice_name)] = None
     response_format: Literal["wav", "pcm", "mp3", "opus", "aac", "flac"] = "wav"
     speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
@@ -273,7 +294,7 @@ class SpeechRequest(JsonRequest):
 class NativeRequest(JsonRequest):
     """IndexTTS's /tts_url."""
 
-    text: Annotated[Text, Field(max_length=MAX_NATIVE_CHARACTERS)]
+    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS), SPOKEN]
     spk_audio_path: Annotated[str, Field(min_length=1)]
     emo_control_method: Annotated[int, Field(ge=0, le=3)] = 0
     emo_ref_path: str | None = None
@@ -282,11 +303,6 @@ class NativeRequest(JsonRequest):
     emo_text: str | None = None
     emo_random: bool = False
     max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
-
-    @model_validator(mode="after")
-    def check_emotions(self) -> NativeRequest:
-        emotion_sum(self.emo_vec)
-        return self
 
 
 CODES = {
@@ -304,12 +320,28 @@ def read_json() -> dict[str, Any]:
     if not request.is_json:
         raise UnsupportedMediaType("Send JSON with the header Content-Type: application/json.")
     try:
-        body = json.loads(request.get_data())
+        body = json.loads(read_body())
     except (ValueError, RecursionError) as error:
         reason = printable(str(error), 200)
         raise InvalidRequest(f"The body is not valid JSON: {reason}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+def read_body() -> bytes:
+    """Return the body, of which the next bytes come within BODY_TIMEOUT_S; raise InvalidRequest or a 413."""
+    client: socket.socket | None = request.environ.get("gunicorn.socket")
+    if client:
+        client.settimeout(BODY_TIMEOUT_S)
+    try:
+        body = request.get_data()
+        if request.content_length is None:
+            request.stream.read(1)  # raises 413 where a chunked body was cut at the limit
+    except (ParseException, OSError, BadRequest):
+        raise InvalidRequest("The body did not arrive whole: send all of it.", code="incomplete_body") from None
+    if client:
+        client.settimeout(SEND_TIMEOUT_S)
     return body
 
 
@@ -321,7 +353,7 @@ def parse(model: type[JsonRequest], body: dict[str, Any]) -> Any:
         first = error.errors(include_url=False)[0]
         param = str(first["loc"][0]) if first["loc"] else None
         message = printable(first["msg"].removeprefix("Value error, "), 300)
-        raise InvalidRequest(f"'{param}': {message}.", param, CODES.get(first["type"])) from None
+        raise InvalidRequest(f"'{param}': {message}." if param else message, param, CODES.get(first["type"])) from None
 
 
 def printable(text: str, limit: int) -> str:
@@ -332,6 +364,16 @@ def printable(text: str, limit: int) -> str:
 # === Voices ===
 
 
+class Gains(BaseModel):
+    """What brings each kind of text to the same loudness, in dB."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    en: float
+    zh: float
+    mixed: float
+
+
 class EmbeddedStyle(BaseModel):
     """How the embedded engine speaks a voice: a blend of its styles and a gain in dB for each kind of text."""
 
@@ -340,7 +382,7 @@ class EmbeddedStyle(BaseModel):
     en: str
     zh: str
     mixed: str  # Mandarin with Latin words in it
-    gain_db: dict[Literal["en", "zh", "mixed"], float]
+    gain_db: Gains
 
 
 class Voice(BaseModel):
@@ -370,23 +412,27 @@ class Voices(BaseModel):
         ids = [voice.id for voice in self.voices]
         if len(set(ids)) < len(ids):
             raise ValueError("two voices have the same id")
-        for alias, target in {**self.aliases, "default": self.default}.items():
+        for alias, target in [*self.aliases.items(), ("default", self.default)]:
             if target not in ids:
                 raise ValueError(f"{alias!r} means {target!r}, which is not the id of a voice")
+            if alias in ids:
+                raise ValueError(f"the alias {alias!r} is the id of a voice")
         return self
 
     @classmethod
     def load(cls, path: Path) -> Voices:
         """Read voices.json; raise ValueError naming the file, the line and what is wrong."""
-        text = path.read_text(encoding="utf-8")
         try:
+            text = path.read_text(encoding="utf-8")
             return cls.model_validate(json.loads(text))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+        except (OSError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} (TTS_VOICES_FILE) cannot be read: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path}:{line_of(text, first['loc'])}: {where} {first['msg']}") from None
+            told = " ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).strip()
+            raise ValueError(f"{path}:{line_of(text, first['loc'])}: {told}") from None
 
     def resolve(self, name: str | None) -> Voice:
         """Return the voice of an id or alias, the default for None; raise InvalidRequest listing the voices."""
@@ -429,7 +475,7 @@ ABBREVIATION = re.compile(
 SPACE = r"[^\S\n]*"
 AFTER = rf"[\"'”’）)」』》】\]]*(?=\s|$|[\u2e80-\U0003ffff]){SPACE}"  # closing quotes belong to the sentence they end
 BREAK = re.compile(
-    rf"(?P<paragraph>\s*\n\s*)|(?P<sentence>[。！？…；]+[”’）)」』》】]*{SPACE}|[.!?;]+{AFTER})"
+    rf"(?P<paragraph>\s*\n\s*)|(?P<sentence>[。！？…；]+[”’）)」』》】]*{SPACE}|(?<![.!?;])[.!?;]++{AFTER})"
     rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<word>\s+)"
 )
 STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "word": WORD}
@@ -474,6 +520,12 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
             utterances.append(Utterance(piece, PAUSE_S[strength]))
         start, limit = end, min(full, limit * 2)
     return utterances
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut text after each sentence, inside quotes too."""
+    ends = [m.end() for m in BREAK.finditer(text) if m.lastgroup in ("paragraph", "sentence")]
+    return [text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
 def choose_break(marks: list[tuple[int, int]], near: int, far: int, length: int) -> tuple[int, int] | None:
@@ -719,6 +771,9 @@ class Engine(Protocol):
     def load(self) -> None:
         """Load the weights; raise with a message for the operator."""
 
+    def check(self, voice: Voice) -> None:
+        """Raise ValueError where the engine could not speak in a voice as voices.json describes it."""
+
     def can_speak(self, text: str) -> bool:
         """Tell whether there is anything in the text that this engine reads aloud."""
 
@@ -753,8 +808,13 @@ class EmbeddedEngine:
         threads = self._settings.threads or min(4, os.cpu_count() or 1)
         self._voice = EmbeddedVoice(threads, self._settings.lexicon, self._settings.cache_dir)
 
+    def check(self, voice: Voice) -> None:
+        """Raise ValueError on a style that there is not."""
+        for recipe in (voice.embedded.en, voice.embedded.zh, voice.embedded.mixed):
+            self._voice.check_style(recipe)
+
     def can_speak(self, text: str) -> bool:
-        """Tell whether the text holds Han or Latin letters or digits."""
+        """Tell whether the text holds Latin letters, digits, or Han characters with a reading."""
         return self._voice.can_speak(text)
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
@@ -762,7 +822,7 @@ class EmbeddedEngine:
         language = self._voice.language(utterance)
         style = getattr(voice.embedded, language)
         samples = self._voice.speak(utterance, style, options.speed, options.cancellation.on_cancel)
-        return level(AudioChunk(samples, self.sample_rate), voice.embedded.gain_db[language])
+        return level(AudioChunk(samples, self.sample_rate), getattr(voice.embedded.gain_db, language))
 
     def healthy(self) -> str | None:
         """There is no process of its own that could die."""
@@ -855,6 +915,7 @@ class Speech:
     def load(self) -> None:
         """Load the engine; ready means that a warm-up utterance came back."""
         self.engine.load()
+        self._check(self.voices)
         for text in ("Ready.", "好了。"):
             trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
         self.trouble = None
@@ -867,12 +928,21 @@ class Speech:
             self.trouble = f"engine {self.engine.name} did not load: {error}"
             log.exception("the engine did not load")
 
+    def _check(self, voices: Voices) -> None:
+        for voice in voices.voices:
+            try:
+                self.engine.check(voice)
+            except ValueError as error:
+                raise ValueError(f"{self.settings.voices_file}: the voice {voice.id}: {error}") from None
+
     def reload_voices(self) -> None:
         """Read voices.json again; a broken file is refused and the running voices stay."""
         try:
-            self.voices = Voices.load(self.settings.voices_file)
+            voices = Voices.load(self.settings.voices_file)
+            self._check(voices)
+            self.voices = voices
             log.info("voices reloaded: %d", len(self.voices.voices))
-        except (OSError, ValueError) as error:
+        except Exception as error:
             log.error("voices not reloaded, the running ones stay: %s", error)
 
     def ailment(self) -> str | None:
@@ -926,14 +996,13 @@ class Speech:
 
     def _speakable(self, order: Order) -> list[Utterance]:
         """Split the text; raise InvalidRequest where a sentence has letters of which the engine reads none."""
-        utterances = split_utterances(order.text, full=order.full_syllables)
-        for utterance in utterances:
-            if any(map(str.isalnum, utterance.text)) and not self.engine.can_speak(utterance.text):
+        for sentence in split_sentences(order.text):
+            if any(map(str.isalnum, sentence)) and not self.engine.can_speak(sentence):
                 raise InvalidRequest(
-                    f"The {self.engine.name} engine cannot read {printable(utterance.text, 40)!r}: "
+                    f"The {self.engine.name} engine cannot read {printable(sentence, 40)!r}: "
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
-        return utterances
+        return split_utterances(order.text, full=order.full_syllables)
 
     def _synthesize(self, utterance: Utterance, order: Order) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
@@ -1150,17 +1219,18 @@ def answer(
 ) -> Response:
     """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
     fmt = FORMATS[format_name]
-    whole = fmt.whole and not stream and stream_format == "audio"
+    whole = stream_format == "audio" and fmt.whole and not stream
+    in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
     encode = encode_whole if whole else encode_stream
     parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, request.environ)
     first = next(parts)
     rest = itertools.chain([first], parts)
-    if whole:
-        response = Response(b"".join(rest), content_type=fmt.content_type)
-        response.headers["X-Audio-Duration"] = f"{order.audio_s:.3f}"
-    elif stream_format == "sse":
+    if stream_format == "sse":
         response = Response(server_sent_events(rest, order), content_type="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
+    elif in_one_piece:
+        response = Response(b"".join(rest), content_type=fmt.content_type)
+        response.headers["X-Audio-Duration"] = f"{order.audio_s:.3f}"
     else:
         response = Response(rest, content_type=fmt.content_type)
     response.call_on_close(parts.close)
@@ -1220,10 +1290,10 @@ def watch_client() -> Callable[[], bool]:
 def has_left(client: socket.socket) -> bool:
     """Peek without waiting: a socket that has nothing at all to say, for good, belongs to nobody."""
     try:
-        return client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
+        poller = select.poll()  # a socket with a timeout would wait for it
+        poller.register(client, select.POLLIN)
+        return bool(poller.poll(0)) and client.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
         return True
 
 

@@ -351,6 +351,11 @@ def _pinyin(word: str) -> list[str]:
     return syllables
 
 
+def has_reading(character: str) -> bool:
+    """Whether a character is Han with a reading that the network can say; some thousand rare ones have none."""
+    return has_han(character) and any(map(_phones, _pinyin(clean(character))))
+
+
 def _third_tones(words: list[list[str]]) -> None:
     """Of two third tones in a row the first rises: first inside words, then between, so that 我/很好 keeps its 我."""
     before: list[str] = [""]
@@ -535,6 +540,7 @@ def _load_jieba(cache_dir: Path | None) -> jieba.Tokenizer:
     jieba.setLogLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
     if cache_dir:
+        cache_dir.mkdir(parents=True, exist_ok=True)
         segmenter.tmp_dir = str(cache_dir)
         segmenter.initialize()
     else:

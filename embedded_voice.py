@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import onnxruntime
 
-from embedded_g2p import G2P, has_han
+from embedded_g2p import G2P, has_han, has_reading
 from embedded_graph import unroll_convolutions
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -104,8 +104,12 @@ class EmbeddedVoice:
 
     @staticmethod
     def can_speak(text: str) -> bool:
-        """Tell whether the text holds anything that is read aloud: Han, Latin letters, digits."""
-        return has_han(text) or bool(re.search(r"[A-Za-z0-9]", unicodedata.normalize("NFKD", text)))
+        """Tell whether the text holds anything that is read aloud: Latin letters, digits, Han with a reading."""
+        return bool(re.search(r"[A-Za-z0-9]", unicodedata.normalize("NFKD", text))) or any(map(has_reading, text))
+
+    def check_style(self, recipe: str) -> None:
+        """Raise ValueError where a recipe is none, or names a style that there is not."""
+        self._styles.blend(recipe)
 
     def speak(
         self, text: str, style: str, speed: float = 1.0, on_cancel: Callable[[Callable[[], None]], None] | None = None

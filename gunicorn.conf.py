@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -16,7 +17,8 @@ from app import RESERVE_THREADS, Settings
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 settings = Settings.from_env()
 
-bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '6006')}"
+host = os.environ.get("HOST", "127.0.0.1")
+bind = f"{f'[{host}]' if ':' in host else host}:{os.environ.get('PORT', '6006')}"
 chdir = str(Path(__file__).resolve().parent)
 workers = 1
 worker_class = "gthread"
@@ -29,7 +31,7 @@ graceful_timeout = settings.drain_timeout_s
 control_socket_disable = True  # it would write into the home folder
 accesslog = "-"
 access_log_format = (
-    '%(h)s "%(m)s %(U)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s'
+    '%(h)s "%(r)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s'
     " voice=%({speech.voice}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s"
 )
 
@@ -42,10 +44,25 @@ def when_ready(server):
 def post_worker_init(worker):
     """Load the engine in the background, now that the worker is forked and its routes answer."""
     service = worker.wsgi.extensions["speech"]
+    signal.signal(signal.SIGTERM, partial(drain, worker))
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
     service.start()
 
 
+def drain(worker, *signalled):
+    """Finish what runs, and refuse new connections meanwhile: gunicorn alone would leave them hanging."""
+    worker.handle_exit(*signalled)
+    worker.method_queue.defer(partial(stop_listening, worker))
+
+
+def stop_listening(worker):
+    """Close the worker's own ends of the listening sockets."""
+    worker.set_accept_enabled(False)
+    for listener in worker.sockets:
+        listener.close()
+
+
 def worker_exit(server, worker):
-    """Let go of the engine."""
-    worker.wsgi.extensions["speech"].engine.close()
+    """Let go of the engine, if it came so far."""
+    if app := getattr(worker, "wsgi", None):
+        app.extensions["speech"].engine.close()

@@ -23,6 +23,9 @@ class ScriptedEngine:
     def load(self):
         """Nothing to load."""
 
+    def check(self, voice):
+        """Any voice will do."""
+
     def can_speak(self, text):
         """Anything but kana."""
         return not any("\u3040" <= c <= "\u30ff" for c in text)

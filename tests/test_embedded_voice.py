@@ -59,7 +59,8 @@ def test_nothing_to_speak_gives_no_samples(voice, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "speakable"), [("你", True), ("a", True), ("５", True), ("½", True), ("こ", False), ("！", False)]
+    ("text", "speakable"),
+    [("你", True), ("a", True), ("５", True), ("½", True), ("こ", False), ("！", False), ("𠮷", False), ("𠮷野", True)],
 )
 def test_it_knows_what_it_can_read(voice, text, speakable):
     assert voice.can_speak(text) is speakable

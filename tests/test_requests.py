@@ -1,5 +1,6 @@
 """Requests and errors: what is refused, with which status and envelope, and what is ignored aloud."""
 
+import io
 import json
 
 import pytest
@@ -113,6 +114,48 @@ def test_text_in_a_script_that_the_engine_cannot_read_is_refused(client, engine)
     assert engine.spoken == []
 
 
+def test_one_unreadable_sentence_among_others_is_refused_and_quoted(client):
+    response = client.post(SPEECH, json={**GOOD, "input": "OK. Fine. ありがとう。 Bye."})
+    assert (response.status_code, error_of(response)["code"]) == (400, "unspeakable_text")
+    assert "'ありがとう。'" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(("route", "field", "limit"), [(SPEECH, "input", 4096), (NATIVE, "text", 20_000)])
+def test_a_text_that_is_too_long_is_told_its_limit_after_trimming(client, route, field, limit):
+    good = GOOD if route == SPEECH else GOOD_NATIVE
+    assert client.post(route, json={**good, field: f" {'a' * limit} \n"}).status_code == 200
+    refused = client.post(route, json={**good, field: "a" * (limit + 1)})
+    assert refused.status_code == 400
+    assert f"at most {limit} characters" in refused.text
+
+
+@pytest.mark.parametrize(("route", "field"), [(SPEECH, "emotion_vector"), (NATIVE, "emo_vec")])
+def test_emotions_that_sum_to_too_much_are_refused_by_name(client, route, field):
+    good = GOOD if route == SPEECH else GOOD_NATIVE
+    refused = client.post(route, json={**good, field: [1, 1, 0, 0, 0, 0, 0, 0]})
+    assert refused.status_code == 400
+    assert f"'{field}': must sum to at most 1.5" in refused.text
+
+
+def test_a_voice_object_without_a_name_is_refused(client):
+    assert client.post(SPEECH, json={**GOOD, "voice": {"id": None}}).status_code == 400
+
+
+@pytest.mark.parametrize("padding", [b" ", b"\n"])
+def test_a_chunked_body_over_the_limit_is_413(client, padding):
+    body = io.BytesIO(json.dumps(GOOD).encode() + padding * 2_000_000)
+    sent = {"wsgi.input": body, "wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    response = client.post(SPEECH, content_type="application/json", environ_overrides=sent)
+    assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
+
+
+def test_over_http_1_0_an_answer_comes_in_one_piece(client):
+    response = client.post(
+        SPEECH, json={**GOOD, "response_format": "mp3"}, environ_overrides={"SERVER_PROTOCOL": "HTTP/1.0"}
+    )
+    assert int(response.headers["Content-Length"]) == len(response.data) > 1000
+
+
 def test_a_text_of_punctuation_alone_is_a_short_silence(client, engine):
     response = client.post(SPEECH, json={**GOOD, "input": "."})
     assert response.status_code == 200
@@ -180,6 +223,9 @@ class TestKeys:
     @pytest.mark.parametrize("headers", [{"Authorization": "Bearer sesame"}, {"X-Api-Key": "sesame"}])
     def test_either_header_lets_in(self, guarded, headers):
         assert guarded.post(SPEECH, json=GOOD, headers=headers).status_code == 200
+
+    def test_probes_for_routes_that_are_not_here_get_their_404(self, guarded):
+        assert guarded.post("/synthesize", json={}).status_code == 404
 
     @pytest.mark.parametrize("path", ["/health", "/v1/audio/voices", "/audio/voices"])
     def test_health_and_voices_stay_open(self, guarded, path):

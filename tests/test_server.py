@@ -1,5 +1,6 @@
 """The real server: gunicorn, the embedded engine, HTTP; and the openai client against it."""
 
+import errno
 import io
 import json
 import os
@@ -201,6 +202,21 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(server, format_name
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("body", [b"zz\r\nabc\r\n", b"3\r\nabcdef\r\n", b"-3\r\nabc\r\n"])
+def test_a_body_in_broken_chunks_is_400(server, body):
+    head = f"POST {SPEECH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(head.encode() + body)
+        assert client.recv(12) == b"HTTP/1.1 400"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_line_of_the_log_is_one_line(server):
+    server.get("/%0d%0aforged")
+    time.sleep(0.2)
+    assert not [line for line in server.log.read_text().splitlines() if line.startswith("forged")]
+
+
 def test_a_request_is_told_in_one_line(server):
     server.post(SPEECH, {"model": "m", "input": "Good evening.", "voice": "ash"}, **{"X-Request-Id": "line-1"})
     time.sleep(0.2)
@@ -244,6 +260,9 @@ class TestSignals:
         running.start()
         wait_for_requests(own, 1, 5)
         own.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 5
+        while not refused(own.port):
+            assert time.monotonic() < end and not answers, "connections still hang while requests finish"
         running.join(60)
         assert answers[0][0] == 200
         assert len(decode(answers[0][2])[0]) > 24_000 * 5
@@ -270,6 +289,12 @@ def test_nothing_is_written_and_nothing_leaves(server):
     opened = [os.readlink(f"/proc/{pid}/fd/{fd}") for pid in workers_of(server.process.pid)
               for fd in os.listdir(f"/proc/{pid}/fd") if os.path.exists(f"/proc/{pid}/fd/{fd}")]  # fmt: skip
     assert [path for path in opened if path.startswith("/tmp") and "pytest" not in path] == []
+
+
+def refused(port: int) -> bool:
+    """Tell whether nobody listens on a loopback port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def workers_of(pid: int) -> list[int]:

@@ -71,3 +71,8 @@ def test_words_stay_whole_in_text_without_punctuation():
 @given(st.text(max_size=400))
 def test_no_character_is_lost(text):
     assert "".join("".join(texts(text)).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("text", ["." * 100_000 + "a", "!?" * 50_000 + "a"])
+def test_a_storm_of_punctuation_is_split_without_backtracking(text):
+    assert "".join(texts(text)) == text  # in milliseconds; a quadratic pattern would take minutes

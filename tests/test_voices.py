@@ -24,7 +24,7 @@ def voices():
 def broken(tmp_path, change):
     """Write voices.json with a change made to its text; return its path."""
     path = tmp_path / "voices.json"
-    path.write_text(change((HERE.parent / "voices.json").read_text()))
+    path.write_text(change((HERE.parent / "voices.json").read_text()), errors="surrogateescape")
     return path
 
 
@@ -71,6 +71,9 @@ def test_no_name_means_the_default_and_an_unknown_one_is_refused(voices):
     (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 1, "same id"),
     (lambda text: text.replace('"marin": "', '"marin": "x'), 1, "marin"),
     (lambda text: text.replace('"voices"', '"choirs"'), 1, "voices"),
+    (lambda text: text.replace('"en": 4.6', '"en": Infinity'), 4, "finite"),
+    (lambda text: text.replace('"en": 4.6, ', ""), 4, "gain_db.en Field required"),
+    (lambda text: text.replace('"marin"', '"echo"'), 1, "is the id of a voice"),
 ])  # fmt: skip
 def test_a_broken_file_is_refused_with_its_line(tmp_path, change, line, reason):
     path = broken(tmp_path, change)
@@ -79,13 +82,27 @@ def test_a_broken_file_is_refused_with_its_line(tmp_path, change, line, reason):
     assert str(caught.value).startswith(f"{path}:{line}:")
 
 
-def test_a_broken_file_leaves_the_running_voices(app, tmp_path, caplog):
+@pytest.mark.parametrize("change", [lambda text: text[:200], lambda text: "[" * 200_000, lambda text: "\udcff"])
+def test_a_broken_file_leaves_the_running_voices(app, tmp_path, caplog, change):
     speech = app.extensions["speech"]
     running = speech.voices
-    object.__setattr__(speech, "settings", Settings(voices_file=broken(tmp_path, lambda text: text[:200])))
+    speech.settings = Settings(voices_file=broken(tmp_path, change))
     speech.reload_voices()
     assert speech.voices is running
     assert "voices not reloaded" in caplog.text
+
+
+def test_a_voice_that_the_engine_could_not_speak_leaves_the_running_ones(app, engine, tmp_path, caplog):
+    def check(voice):
+        if voice.embedded.en == "nobody":
+            raise ValueError("no style 'nobody'")
+
+    speech, engine.check = app.extensions["speech"], check
+    running = speech.voices
+    speech.settings = Settings(voices_file=broken(tmp_path, lambda text: text.replace('"am_onyx"', '"nobody"')))
+    speech.reload_voices()
+    assert speech.voices is running
+    assert "the voice onyx: no style 'nobody'" in caplog.text
 
 
 def test_a_new_voice_is_served_after_a_reload(app, client, tmp_path):
@@ -109,6 +126,7 @@ def test_settings_come_from_the_environment():
 
 @pytest.mark.parametrize(("name", "value"), [
     ("TTS_SLOTS", "many"), ("TTS_SLOTS", "-1"), ("TTS_ENGINE", "magic"), ("TTS_MAX_BODY_BYTES", "1"),
+    ("TTS_API_KEYS", " , "), ("TTS_API_KEYS", "ключ"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: .*{value}"):
