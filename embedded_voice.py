@@ -117,6 +117,8 @@ class EmbeddedVoice:
         """Return float32 samples [n] at 24 kHz; `on_cancel` is given what to call to stop. Raises Cancelled."""
         table = self._styles.blend(style)
         run_options = onnxruntime.RunOptions()
+        # Else a long utterance's working memory stays for good: 1,080 MB resident instead of 730.
+        run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if on_cancel:
             on_cancel(lambda: setattr(run_options, "terminate", True))
         parts = [self._run(tokens, table, speed, run_options) for tokens in self._token_runs(self._g2p(text))]
