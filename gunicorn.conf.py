@@ -44,22 +44,17 @@ def when_ready(server):
 def post_worker_init(worker):
     """Load the engine in the background, now that the worker is forked and its routes answer."""
     service = worker.wsgi.extensions["speech"]
-    signal.signal(signal.SIGTERM, partial(drain, worker))
+    worker.set_accept_enabled = partial(accept, worker, worker.set_accept_enabled)
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
     service.start()
 
 
-def drain(worker, *signalled):
-    """Finish what runs, and refuse new connections meanwhile: gunicorn alone would leave them hanging."""
-    worker.handle_exit(*signalled)
-    worker.method_queue.defer(partial(stop_listening, worker))
-
-
-def stop_listening(worker):
-    """Close the worker's own ends of the listening sockets."""
-    worker.set_accept_enabled(False)
-    for listener in worker.sockets:
-        listener.close()
+def accept(worker, set_accept_enabled, enabled):
+    """Accept connections or not, as gunicorn says; once draining, refuse them: gunicorn alone would let them hang."""
+    set_accept_enabled(enabled)
+    if not worker.alive:
+        for listener in worker.sockets:
+            listener.close()
 
 
 def worker_exit(server, worker):
