@@ -63,6 +63,8 @@ readonly FAILED_STOP_S=5       # patience with a new release that failed
 SWITCHING=''  # the backup to put back, while a release is being exchanged
 FAILURES=0
 
+# Mind `return` without a number: inside on_exit it gives the status from before the exit, whatever the function did.
+
 # === Words ===
 
 usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; }
@@ -147,7 +149,7 @@ load_environment() {
 default_python() {
   local candidate
   for candidate in "$(interpreter_of "$1")" "$APP_DIR/.venv/bin/python"; do
-    if [[ -x $candidate ]]; then echo "$candidate"; return; fi
+    if [[ -x $candidate ]]; then echo "$candidate"; return 0; fi
   done
   echo python3
 }
@@ -205,14 +207,14 @@ server_pid() {
   local pid ticks parent
   if read -r pid ticks 2>/dev/null <"$PIDFILE" && [[ $ticks == "$(born "$pid")" ]] && ! all_gone "$pid"; then
     echo "$pid"
-    return
+    return 0
   fi
   for pid in $(port_pids); do
     runs_here "$pid" || continue
     parent=$(status_field "$pid" PPid)
     if is_ours "$pid" && is_ours "$parent"; then pid=$parent; fi  # gunicorn's worker listens too
     echo "$pid"
-    return
+    return 0
   done
   return 1
 }
@@ -248,7 +250,7 @@ unit_is_active() { [[ $UNIT ]] && systemctl is-active --quiet "$UNIT"; }
 # Start what is installed so that it outlives this session. 9<&-: the server must not hold the lock.
 start_server() {
   rotate_logs
-  if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT"; return; fi
+  if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT"; return 0; fi
   if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
   echo "$! $(born $!)" >"$PIDFILE"
   log "started process $!"
@@ -344,7 +346,7 @@ check_folder() {
 
 check_python() {
   local missing
-  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then fail "$PYTHON is older than Python 3.11"; return; fi
+  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then fail "$PYTHON is older than Python 3.11"; return 0; fi
   pass "$("$PYTHON" --version) at $PYTHON"
   missing=$(missing_packages "$(requirements)" | wc -l)
   if ((missing == 0)); then
@@ -378,7 +380,7 @@ print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices"
 }
 
 check_gpu() {
-  if ! has_gpu; then hint "GPU: none in use; the embedded voice will speak"; return; fi
+  if ! has_gpu; then hint "GPU: none in use; the embedded voice will speak"; return 0; fi
   local free need; free=$(gpu free) need=$(gpu_need)
   if ((free >= need)); then
     pass "GPU: $free of $(gpu total) MiB are free, $need are needed"
@@ -402,16 +404,16 @@ check_port() {
 
 port_state() {
   local pids
-  [[ $(listening_sockets) ]] || { echo free; return; }
+  [[ $(listening_sockets) ]] || { echo free; return 0; }
   read -r -a pids < <(port_pids | xargs)
-  if ((${#pids[@]} == 0)); then echo "taken by a process that this user cannot see"; return; fi
+  if ((${#pids[@]} == 0)); then echo "taken by a process that this user cannot see"; return 0; fi
   echo "taken by process ${pids[0]}, which does not run from $APP_DIR: $(shown "${pids[0]}")"
 }
 
 # The folder and the weights of an engine that is named or that lies here.
 check_weights() {
   local weights=${TTS_MODEL_DIR:-checkpoints/IndexTTS-2-vLLM} found=hint
-  if [[ ${TTS_ENGINE:-auto} == indextts ]]; then found=fail; elif ! has_gpu; then return; fi
+  if [[ ${TTS_ENGINE:-auto} == indextts ]]; then found=fail; elif ! has_gpu; then return 0; fi
   if [[ ${TTS_MODEL:-} == /* && ! -d $TTS_MODEL ]]; then fail "TTS_MODEL: there is no folder $TTS_MODEL"; fi
   [[ ${TTS_ENGINE:-auto} =~ ^(auto|indextts)$ ]] || return 0
   cd "${TTS_INDEXTTS_DIR:-$APP_DIR}" 2>/dev/null || return 0
@@ -497,7 +499,7 @@ release_id()     { sha256sum | cut -c1-12; }
 release_of() {
   local file
   for file in "$1/release.sha256" "$1/app.py"; do
-    if [[ ! -e $1/${STARTED[0]} && -f $file ]]; then release_id <"$file"; return; fi
+    if [[ ! -e $1/${STARTED[0]} && -f $file ]]; then release_id <"$file"; return 0; fi
   done
 }
 
@@ -614,7 +616,7 @@ start_checked() {
 put_back() {
   log "putting back $SWITCHING"
   stop_server "$FAILED_STOP_S"
-  install_from "$SWITCHING" "$SWITCHING" || return
+  install_from "$SWITCHING" "$SWITCHING" || return 1
   rm -f "$UNFINISHED"
   if [[ $(program "$SWITCHING") == nothing ]]; then log "there was no server before"; return 1; fi
   start_checked "$SWITCHING"
@@ -666,7 +668,7 @@ wait_healthy() {
   while ((SECONDS < DEADLINE)); do
     health=$(ask "$BASE_URL/health" 2>/dev/null) || health=''
     if [[ $health == *'"release":"'"$1"'"'* ]]; then
-      if [[ $health == *'"status":"healthy"'* ]]; then log "healthy: release $1"; return; fi
+      if [[ $health == *'"status":"healthy"'* ]]; then log "healthy: release $1"; return 0; fi
       if [[ $health == *'"status":"unhealthy"'* ]]; then log "unhealthy: $(message "$health")"; return 1; fi
     fi
     if [[ ! $UNIT ]] && ! server_pid >/dev/null; then log "the server has ended"; return 1; fi
@@ -818,7 +820,7 @@ begin() {
 
 do_deploy() {
   preflight
-  if ((DRY_RUN)); then log "dry run: nothing was changed"; return; fi
+  if ((DRY_RUN)); then log "dry run: nothing was changed"; return 0; fi
   begin
   install_packages
   stage
@@ -897,8 +899,8 @@ wrong() { usage >&2; die "$EXIT_USAGE" "unknown argument: $1"; }
 main() {
   parse_arguments "$@"
   trap '' HUP PIPE
-  if [[ $SSH_HOST ]]; then over_ssh; return; fi
-  if [[ $ACTION == pack ]]; then do_pack; return; fi
+  if [[ $SSH_HOST ]]; then over_ssh; return 0; fi
+  if [[ $ACTION == pack ]]; then do_pack; return 0; fi
   load_config
   case $ACTION in
     status|backups) ;;
