@@ -324,21 +324,22 @@ preflight() {
 
 check_release() {
   local file command
+  [[ $SOURCE != "${APP_DIR:-}" ]] || fail "$SOURCE is APP_DIR: put the new release into a folder of its own"
   for command in curl flock setsid nohup sha256sum tar realpath; do
     type -P "$command" >/dev/null || fail "the command $command is missing"
   done
   for file in "${RELEASE_FILES[@]}"; do
     [[ -e $SOURCE/$file ]] || fail "the release is not whole: $SOURCE/$file is missing"
   done
-  ((FAILURES)) || pass "release $(manifest "$SOURCE" | release_id) in $SOURCE"
+  ((FAILURES == 0)) || die "$EXIT_UNCHANGED" "nothing was changed"
+  pass "release $(manifest "$SOURCE" | release_id) in $SOURCE"
 }
 
 check_folder() {
   local need free place=$APP_DIR
   until [[ -d $place ]]; do place=$(dirname -- "$place"); done
   [[ -w $place ]] || fail "$place cannot be written to"
-  [[ $SOURCE != "$APP_DIR" ]] || fail "$SOURCE is APP_DIR: put the new release into a folder of its own"
-  need=$(($(du -cm -- "${RELEASE_FILES[@]/#/$SOURCE/}" 2>/dev/null | tail -n 1 | cut -f1) * 3 + 5))
+  need=$(du -sk -- "${RELEASE_FILES[@]/#/$SOURCE/}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
   if ((free >= need)); then pass "disk: $free MB free in $APP_DIR"; else fail "disk: $free MB free in $APP_DIR, $need are needed"; fi
   [[ ! -e $UNFINISHED ]] || hint "an earlier deploy was interrupted; $(<"$UNFINISHED") will be put back first"
@@ -615,6 +616,7 @@ start_checked() {
 
 put_back() {
   log "putting back $SWITCHING"
+  rm -rf -- "$STAGED"  # which makes room on a full disk
   stop_server "$FAILED_STOP_S"
   install_from "$SWITCHING" "$SWITCHING" || return 1
   rm -f "$UNFINISHED"
@@ -807,14 +809,14 @@ acquire_lock() {
   mkdir -p -- "$APP_DIR" 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be made"
   exec 9<"$APP_DIR"
   flock -n 9 || die "$EXIT_UNCHANGED" "another deploy is at work in $APP_DIR; nothing was changed"
+  trap on_exit EXIT
+  trap 'die "$EXIT_UNCHANGED" interrupted' INT TERM
 }
 
-# Prepare to change things: the folders, the log, the lock's consequences.
+# Prepare to change things: the folders, the log, and what an earlier run left half done.
 begin() {
   mkdir -p "$APP_DIR"/{run,logs,backups} 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be written to; nothing was changed"
   LOG=$APP_DIR/logs/deploy.log
-  trap on_exit EXIT
-  trap 'die "$EXIT_UNCHANGED" interrupted' INT TERM
   recover
 }
 

@@ -109,15 +109,14 @@ STEPS = (
 )  # fmt: skip
 
 
-def kill_at(step: str, name: str, folder: Path) -> str:
-    """Write what makes bash (by BASH_ENV) send itself a signal once a deploy has come to a step; return its path."""
-    file = folder / f"{name} at {step}"
-    file.write_text(
-        f"""set -T
-trap 'if [[ ${{FUNCNAME[0]-}} == {step} && ! -e "{file}.done" ]]; then : >"{file}.done"; kill -{name} $$; fi' DEBUG
-"""
-    )
-    return str(file)
+def at_step(step: str, command: str, folder: Path) -> str:
+    """Write what makes bash (by BASH_ENV) run a command once a deploy has come to a step; return its path."""
+    trap, action = folder / f"at {step}", folder / f"action at {step}"
+    action.write_text(f'mv "{action}" "{action}.done"\n{command}\n')
+    trap.write_text(f"""set -T
+trap '[[ ${{FUNCNAME[0]-}} != {step} || ! -e "{action}" ]] || source "{action}"' DEBUG
+""")
+    return str(trap)
 
 
 @contextmanager
