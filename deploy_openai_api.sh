@@ -465,8 +465,9 @@ PYTHON
 }
 
 installed_packages() {
-  "$PYTHON" -c 'from importlib import metadata
-for package in sorted({f"{d.metadata["Name"]}=={d.version}" for d in metadata.distributions()}): print(package)'
+  "$PYTHON" -c '
+from importlib import metadata
+print(*sorted({d.metadata["Name"] + "==" + d.version for d in metadata.distributions()}), sep="\n")'
 }
 
 # Install what is missing. What is there is held at its version: pip fails, and changes nothing, where that cannot be.
@@ -483,7 +484,7 @@ install_packages() {
 # Locked entries come as wheels with these hashes; jieba, pure Python, is the one that has none.
 pip_install() {
   local options=()
-  installed_packages >"$APP_DIR/run/constraints.txt"
+  installed_packages >"$APP_DIR/run/constraints.txt" || return 1
   if grep -q -- --hash= "$1"; then options=(--only-binary :all: --no-binary jieba --no-build-isolation); fi
   "$PYTHON" -m pip --disable-pip-version-check install "${options[@]}" -c "$APP_DIR/run/constraints.txt" -r "$1" \
     >>"$LOG" 2>&1 </dev/null

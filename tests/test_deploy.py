@@ -2,13 +2,15 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from deploying import OLDER_SERVER, SCRIPT, STEPS, Box, at_step, make_release, tmpfs
+from deploying import OLDER_SERVER, SCRIPT, STEPS, Box, at_step, make_release, make_wheel, release_files, tmpfs
+from serving import REPOSITORY
 
 DONE, UNHEALTHY, USAGE, UNCHANGED, ROLLED_BACK, DOWN = range(6)
 FAULTS = ("boot", "unhealthy", "loading", "silence", "rate", "short", "noise", "voices")
@@ -408,3 +410,139 @@ def test_packing_twice_gives_the_same_file(releases, packed, tmp_path):
     again = tmp_path / "again.sh"
     subprocess.run(["bash", str(releases["b"] / SCRIPT), "pack", "-o", str(again)], check=True)
     assert again.read_bytes() == packed.read_bytes()
+
+
+# --- packages ---
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment with this one's packages and base 1.0, and a folder of wheels to install from."""
+    venv, wheels = tmp_path / "venv", tmp_path / "wheels"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    packages = next(venv.glob("lib/*/site-packages"))
+    (packages / "outer.pth").write_text(f"{next(path for path in sys.path if path.endswith('site-packages'))}\n")
+    wheels.mkdir()
+    hashes = {name: make_wheel(wheels, name, *needs) for name, *needs in (("top", "base>=1"), ("strict", "base>=2"))}
+    for version in ("1.0", "2.0"):
+        make_wheel(wheels, "base", version=version)
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    python = str(venv / "bin/python")
+    subprocess.run([python, "-m", "pip", "install", "-q", "base==1.0"], env=os.environ | pip, check=True)
+    return {"PYTHON": python, **pip}, hashes
+
+
+def versions(environment: dict[str, str]) -> list[str]:
+    """What is installed there."""
+    command = [environment["PYTHON"], "-m", "pip", "list", "--format=freeze"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def deploy_with(box: Box, environment: dict[str, str], release: Path, requirement: str) -> tuple[int, str]:
+    """Deploy a release that requires something."""
+    box.app_dir.mkdir()
+    file = box.app_dir.parent / "required.txt"
+    file.write_text(f"{requirement}\n")
+    return box.run(source=release, REQUIREMENTS=str(file), **environment)
+
+
+def test_a_missing_package_is_installed_and_the_others_are_held(box, releases, environment):
+    environment, hashes = environment
+    before = versions(environment)
+    wanted = f"top==1.0 --hash=sha256:{hashes['top']}\nbase==2.0 --hash=sha256:{'0' * 64}"
+    status, said = deploy_with(box, environment, releases["a"], wanted)
+    assert status == DONE, said
+    assert sorted(versions(environment)) == sorted([*before, "top==1.0"])
+
+
+def test_a_package_that_would_change_another_is_refused(box, releases, environment):
+    environment, hashes = environment
+    before = versions(environment)
+    status, said = deploy_with(box, environment, releases["a"], f"strict==1.0 --hash=sha256:{hashes['strict']}")
+    assert status == UNCHANGED, said
+    assert versions(environment) == before
+    assert "base==1.0" in (box.app_dir / "logs/deploy.log").read_text()
+
+
+def test_a_package_with_another_checksum_is_refused(box, releases, environment):
+    environment, hashes = environment
+    before = versions(environment)
+    status, said = deploy_with(box, environment, releases["a"], f"top==1.0 --hash=sha256:{hashes['strict']}")
+    assert status == UNCHANGED, said
+    assert versions(environment) == before
+
+
+# --- a GPU, as a stand-in for nvidia-smi tells it ---
+
+
+@pytest.fixture
+def gpu(tmp_path):
+    """Install an nvidia-smi: 24 GB, all but 1 GB of it taken while a process lives; return the environment for it."""
+
+    def install(holder: int) -> dict[str, str]:
+        tool = tmp_path / "bin/nvidia-smi"
+        tool.parent.mkdir()
+        tool.write_text(f"""#!/bin/bash
+case "$*" in
+  -L) echo "GPU 0: a stand-in" ;;
+  *memory.total*) echo 24000 ;;
+  *) if [[ -d /proc/{holder} && $(</proc/{holder}/stat) != *") Z "* ]]; then echo 1000; else echo 23000; fi ;;
+esac
+""")
+        tool.chmod(0o755)
+        return {"PATH": f"{tool.parent}:{os.environ['PATH']}", "TTS_ENGINE": "auto"}
+
+    return install
+
+
+def test_gpu_memory_that_the_older_server_holds_is_seen_free(older, releases, gpu):
+    status, said = older.run(source=releases["a"], **gpu(older.older.pid))
+    assert status == DONE, said
+    assert "1000 MiB are free, 8400 are needed" in said and "23000 MiB of GPU memory are free" in said
+
+
+def test_gpu_memory_that_a_stranger_holds_stops_the_preflight(box, releases, gpu):
+    status, said = box.run(source=releases["a"], **gpu(os.getpid()))
+    assert status == UNCHANGED
+    assert "TTS_GPU_MEMORY_UTILIZATION" in said
+
+
+def test_a_folder_without_its_engine_is_named(box, releases):
+    box.app_dir.mkdir()
+    status, said = box.run(source=releases["a"], TTS_ENGINE="indextts")
+    assert status == UNCHANGED and "no indextts/infer_vllm_v2.py" in said
+
+
+# --- the embedded engine ---
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A box that went from an older server to this repository's release, to a newer one, and back."""
+    folder = tmp_path_factory.mktemp("real")
+    newer = folder / "newer"
+    newer.mkdir()
+    for name in release_files():
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, newer / name)
+    (newer / "embedded_voice.py").write_text((newer / "embedded_voice.py").read_text() + "\n# newer\n")
+    with Box(folder / FOLDER, HEALTH_TIMEOUT_S="60") as box:
+        box.start_older_server()
+        box.said = [box.run(), box.run(source=newer), box.run("rollback")]
+        yield box
+
+
+def test_the_real_release_is_deployed_redeployed_and_rolled_back(real):
+    assert [status for status, _ in real.said] == [DONE] * 3, real.said
+    first, second, third = (re.findall(r"healthy: release (\w+)", said)[-1] for _, said in real.said)
+    assert first == third == real.release() != second
+
+
+def test_the_real_release_has_spoken_before_it_is_done(real):
+    for _, said in real.said:
+        assert re.search(r"it speaks: [12]\.\d\d s at 24000 Hz, -\d\d dBFS, 11 voices", said)
+
+
+def test_the_real_release_speaks_after_the_session_has_ended(real):
+    listeners = real.listeners()
+    assert listeners and all(os.getsid(pid) in listeners for pid in listeners)
