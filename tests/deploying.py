@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from serving import REPOSITORY, free_port
 
 SCRIPT = "deploy_openai_api.sh"
@@ -244,3 +245,27 @@ class Box:
         """The backups, oldest first."""
         return sorted((self.app_dir / "backups").glob("*"), key=lambda path: path.name.split(".backup.")[1])
 
+
+
+def require_program(program: str, package: str) -> str:
+    """Return the path of a Debian program; install it where this user may, else skip the test aloud."""
+    places = f"{os.environ['PATH']}:/usr/sbin:/usr/bin"
+    if not shutil.which(program, path=places) and os.geteuid() == 0 and shutil.which("apt-get"):
+        install_quietly(package)
+    return shutil.which(program, path=places) or pytest.skip(f"{program} is missing: install Debian's {package}")
+
+
+def install_quietly(package: str) -> None:
+    """Install a Debian package without starting its service, which is what policy-rc.d is for."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", package]):
+            subprocess.run(["apt-get", *command], env=environment, stdout=subprocess.DEVNULL, check=False)
+    finally:
+        if ours:
+            policy.unlink()
