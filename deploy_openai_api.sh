@@ -238,19 +238,20 @@ stop_server() {
   pid=$(server_pid) || return 0
   mapfile -t members < <(family "$pid")
   log "stopping process $pid; running requests have $patience s"
-  if unit_is_active; then systemctl stop "$UNIT"; else kill -TERM "$pid" 2>/dev/null || true; fi
+  if unit_is_active; then systemctl stop --no-block "$UNIT"; else kill -TERM "$pid" 2>/dev/null || true; fi
   wait_until "$patience" all_gone "$pid" || log "still there after $patience s: killing it"
   all_gone "${members[@]}" || kill -KILL "${members[@]}" 2>/dev/null || true
   wait_until 10 all_gone "${members[@]}" || die "$EXIT_DOWN" "process $pid cannot be killed"
   rm -f "$PIDFILE"
 }
 
+is_alive()       { if [[ $UNIT ]]; then unit_is_active; else server_pid >/dev/null; fi; }
 unit_is_active() { [[ $UNIT ]] && systemctl is-active --quiet "$UNIT"; }
 
 # Start what is installed so that it outlives this session. 9<&-: the server must not hold the lock.
 start_server() {
   rotate_logs
-  if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT"; return 0; fi
+  if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT" 9<&-; return 0; fi
   if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
   echo "$! $(born $!)" >"$PIDFILE"
   log "started process $!"
@@ -674,7 +675,7 @@ wait_healthy() {
       if [[ $health == *'"status":"healthy"'* ]]; then log "healthy: release $1"; return 0; fi
       if [[ $health == *'"status":"unhealthy"'* ]]; then log "unhealthy: $(message "$health")"; return 1; fi
     fi
-    if [[ ! $UNIT ]] && ! server_pid >/dev/null; then log "the server has ended"; return 1; fi
+    if ! is_alive; then log "the server has ended"; return 1; fi
     told=$(message "$health")
     if ((SECONDS >= shown + 5)); then log "waiting: ${told:-no answer yet} ($((DEADLINE - SECONDS)) s left)"; shown=$SECONDS; fi
     sleep 0.2

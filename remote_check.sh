@@ -26,7 +26,7 @@ readonly ERRORS_SHOWN=5 LOG_LINES=2000
 
 CHECKS=() FAILURES=0 JSON=0
 
-usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; }
+usage() { if [[ -f $0 ]]; then sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; else echo "Usage: remote_check.sh [--json]"; fi; }
 die()  { local status=$1; shift; printf 'ERROR: %s\n' "$*" >&2; exit "$status"; }
 pass() { report ok "$@"; }
 hint() { report note "$@"; }
