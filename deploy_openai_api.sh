@@ -53,6 +53,11 @@ readonly NOT_REPLACED='^(examples/|requirements|[^/]*\.sh$)'
 readonly OWN_SETTINGS='APP_DIR|HEALTH_TIMEOUT_S|STOP_TIMEOUT_S|KEEP_BACKUPS|REQUIREMENTS'
 readonly ENGINE_SETTINGS='CUDA_[A-Z0-9_]+|HF_[A-Z0-9_]+|VLLM_[A-Z0-9_]+|LD_LIBRARY_PATH'
 readonly REMEMBERED="PYTHON|HOST|PORT|UNIT|TTS_[A-Z0-9_]+|$ENGINE_SETTINGS"
+readonly -A OLDER_OPTIONS=(
+  ["--host"]=HOST ["--model_dir"]=TTS_MODEL_DIR ["--is_fp16"]=TTS_FP16
+  ["--gpu_memory_utilization"]=TTS_GPU_MEMORY_UTILIZATION
+  ["--qwenemo_gpu_memory_utilization"]=TTS_QWENEMO_GPU_MEMORY_UTILIZATION
+)
 readonly STARTED=(run/started/cmdline run/started/environ run/started/cwd)  # of a server that is not ours
 
 readonly LOG_BYTES=10000000 KEEP_LOGS=5
@@ -103,11 +108,11 @@ load_config() {
   PIDFILE=$APP_DIR/run/server.pid UNFINISHED=$APP_DIR/run/unfinished STAGED=$APP_DIR/run/staged
   SERVER_LOG=$APP_DIR/logs/server.log
   if [[ -f $APP_DIR/server.env ]]; then take_settings "$REMEMBERED" <"$APP_DIR/server.env"; fi
-  export HOST=${HOST:-0.0.0.0} PORT=${PORT:-6006}
+  export PORT=${PORT:-6006}
   HEALTH_TIMEOUT_S=${HEALTH_TIMEOUT_S:-300} STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-30} KEEP_BACKUPS=${KEEP_BACKUPS:-5}
   check_numbers PORT HEALTH_TIMEOUT_S STOP_TIMEOUT_S KEEP_BACKUPS
-  BASE_URL=http://$(address):$PORT
   load_environment
+  BASE_URL=http://$(address):$PORT
 }
 
 check_numbers() {
@@ -136,14 +141,32 @@ take_settings() {
   done
 }
 
-# Take over the interpreter, and what the engine needs of the environment, from the server that runs from here.
+# Take over from the server that runs from here: the interpreter, what the engine needs of the environment, and
+# what an older server was told on its command line.
 load_environment() {
   local pid
-  if pid=$(server_pid); then take_settings "$ENGINE_SETTINGS" < <(tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ"); fi
+  if pid=$(server_pid); then
+    take_settings "$ENGINE_SETTINGS" < <(tr '\0' '\n' 2>/dev/null <"/proc/$pid/environ")
+    is_ours "$pid" || take_settings '[A-Z0-9_]+' < <(older_settings "$pid")
+  fi
   PYTHON=${PYTHON:-$(default_python "$pid")}
   PYTHON=$(type -P -- "$PYTHON") || die "$EXIT_USAGE" "PYTHON: there is no such interpreter; name one: PYTHON=/path/python"
   PYTHON=$(realpath -s -- "$PYTHON")  # a venv's interpreter is a link that has to stay one
-  export PYTHON UNIT=${UNIT:-}
+  export PYTHON HOST=${HOST:-0.0.0.0} UNIT=${UNIT:-}
+}
+
+# The options of an older api_server_v2.py as settings, one NAME=VALUE a line.
+older_settings() {
+  local words index name
+  mapfile -d '' -t words <"/proc/$1/cmdline"
+  for index in "${!words[@]}"; do
+    name=${OLDER_OPTIONS[${words[index]%%=*}]:-}
+    case ${words[index]} in
+      --is_fp16) echo "$name=true" ;;
+      --*=*) [[ ! $name ]] || echo "$name=${words[index]#*=}" ;;
+      --*) [[ ! $name ]] || echo "$name=${words[index + 1]:-}" ;;
+    esac
+  done
 }
 
 default_python() {
@@ -315,6 +338,7 @@ preflight() {
   note "Preflight:"
   check_release
   check_folder
+  check_edits
   check_python
   check_gpu
   check_port
@@ -344,6 +368,12 @@ check_folder() {
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
   if ((free >= need)); then pass "disk: $free MB free in $APP_DIR"; else fail "disk: $free MB free in $APP_DIR, $need are needed"; fi
   [[ ! -e $UNFINISHED ]] || hint "an earlier deploy was interrupted; $(<"$UNFINISHED") will be put back first"
+}
+
+check_edits() {
+  local edited
+  edited=$(cd "$APP_DIR" 2>/dev/null && sha256sum --check --quiet release.sha256 2>/dev/null | sed 's/: .*//' | xargs) || true
+  [[ ! $edited ]] || hint "edited here since the last deploy, to be replaced and kept in the backup: $edited"
 }
 
 check_python() {
@@ -586,10 +616,13 @@ keep_start() {
 
 # The file that a backup's server is made of.
 program() {
-  local words
+  local words word
   if [[ -e $1/${STARTED[0]} ]]; then
     mapfile -d '' -t words <"$1/${STARTED[0]}"
-    printf '%s\n' "${words[@]##*/}" server | grep -m 1 -E '\.py$|^server$'
+    for word in "${words[@]##*/}"; do
+      if [[ $word == *.py ]]; then echo "$word"; return 0; fi
+    done
+    echo server
   elif [[ -e $1/app.py ]]; then echo app.py
   else echo nothing
   fi

@@ -97,6 +97,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int)
 parser.add_argument("--model_dir")
+parser.add_argument("--gpu_memory_utilization")
+parser.add_argument("--is_fp16", action="store_true")
 parser.add_argument("--stubborn", action="store_true")
 options = parser.parse_args()
 if options.stubborn:
@@ -150,12 +152,20 @@ def release_files() -> list[str]:
     return text.split("RELEASE_FILES=(", 1)[1].split(")", 1)[0].split()
 
 
-def make_release(folder: Path, fault: str = "", mark: str = "") -> Path:
-    """Make a release of the stand-in in a folder; its other files are this repository's."""
+def copy_release(folder: Path, mark: str) -> Path:
+    """Copy this repository's release to a folder, with a mark that makes its checksum its own."""
     folder.mkdir(parents=True)
     for name in release_files():
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, folder / name)
+    with (folder / "embedded_voice.py").open("a") as file:
+        file.write(f"# {mark}\n")
+    return folder
+
+
+def make_release(folder: Path, fault: str = "", mark: str = "") -> Path:
+    """Make a release of the stand-in in a folder; its other files are this repository's."""
+    copy_release(folder, mark or folder.name)
     (folder / "app.py").write_text(STAND_IN.format(fault=fault, mark=mark or folder.name))
     (folder / "gunicorn.conf.py").write_text(GUNICORN)
     return folder
@@ -199,9 +209,10 @@ class Box:
         """Run an older api_server_v2.py here, the way a person would."""
         self.app_dir.mkdir(parents=True, exist_ok=True)
         (self.app_dir / "api_server_v2.py").write_text(OLDER_SERVER)
+        command = [sys.executable, "api_server_v2.py", "--port", str(self.port), "--model_dir", "checkpoints/a b"]
+        environment = {"PATH": os.environ["PATH"], "OLDER_SECRET": "s3cret"}
         self.older = subprocess.Popen(
-            [sys.executable, "api_server_v2.py", "--port", str(self.port), "--model_dir", "checkpoints/some where",
-             *arguments], cwd=self.app_dir, env={"PATH": os.environ["PATH"], "OLDER_SECRET": "s3cret"},
+            [*command, "--gpu_memory_utilization=0.4", "--is_fp16", *arguments], cwd=self.app_dir, env=environment,
             start_new_session=True,
         )  # fmt: skip
         self.wait_until(lambda: self.get("/"))

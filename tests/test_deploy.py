@@ -2,15 +2,13 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from deploying import OLDER_SERVER, SCRIPT, STEPS, Box, at_step, make_release, make_wheel, release_files, tmpfs
-from serving import REPOSITORY
+from deploying import OLDER_SERVER, SCRIPT, STEPS, Box, at_step, copy_release, make_release, make_wheel, tmpfs
 
 DONE, UNHEALTHY, USAGE, UNCHANGED, ROLLED_BACK, DOWN = range(6)
 FAULTS = ("boot", "unhealthy", "loading", "silence", "rate", "short", "noise", "voices")
@@ -110,6 +108,14 @@ def test_a_dry_run_changes_nothing(lasting, releases):
     assert "nothing was changed" in said
 
 
+def test_an_edited_voices_file_is_told_and_kept(served, releases):
+    voices = served.app_dir / "voices.json"
+    voices.write_text(edited := voices.read_text() + "\n")
+    status, said = served.run(source=releases["b"])
+    assert status == DONE and "to be replaced and kept in the backup: voices.json" in said
+    assert (served.backups()[-1] / "voices.json").read_text() == edited != voices.read_text()
+
+
 def test_the_deployed_folder_is_no_source(lasting):
     status, said = lasting.run(source=lasting.app_dir)
     assert status == UNCHANGED
@@ -135,12 +141,19 @@ def test_the_first_deploy_takes_over_from_an_older_server(older, releases):
     assert (kept / "run/started/environ").stat().st_mode & 0o77 == 0
 
 
+def test_the_older_servers_options_become_settings(older, releases):
+    serve(older, releases["a"])
+    settings = (older.app_dir / "server.env").read_text()
+    assert "TTS_MODEL_DIR=checkpoints/a b\n" in settings
+    assert "TTS_GPU_MEMORY_UTILIZATION=0.4\n" in settings and "TTS_FP16=true\n" in settings
+
+
 def test_rollback_starts_the_older_server_the_way_it_was_started(older, releases):
     serve(older, releases["a"])
     status, said = older.run("rollback")
     assert status == DONE, said
     assert older.get("/") == older.greeting
-    assert "checkpoints/some where" in older.greeting and "s3cret" in older.greeting
+    assert "checkpoints/a b" in older.greeting and "s3cret" in older.greeting
     assert not (older.app_dir / "app.py").exists()
 
 
@@ -520,12 +533,7 @@ def test_a_folder_without_its_engine_is_named(box, releases):
 def real(tmp_path_factory):
     """A box that went from an older server to this repository's release, to a newer one, and back."""
     folder = tmp_path_factory.mktemp("real")
-    newer = folder / "newer"
-    newer.mkdir()
-    for name in release_files():
-        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
-        copy(REPOSITORY / name, newer / name)
-    (newer / "embedded_voice.py").write_text((newer / "embedded_voice.py").read_text() + "\n# newer\n")
+    newer = copy_release(folder / "newer", "newer")
     with Box(folder / FOLDER, HEALTH_TIMEOUT_S="60") as box:
         box.start_older_server()
         box.said = [box.run(), box.run(source=newer), box.run("rollback")]

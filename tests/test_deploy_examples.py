@@ -206,7 +206,7 @@ def test_deploy_goes_through_the_unit(tmp_path):
         box.start_older_server()
         status, said = box.run(source=make_release(tmp_path / "a"))
         assert status == 0, said
-        assert (tools / "asked").read_text().splitlines()[-1] != "" and box.release() in said
+        assert box.release() in said
         status, said = box.run(source=make_release(tmp_path / "silent", "silence"), HEALTH_TIMEOUT_S="4")
         assert status == 4 and box.release(), said
         asked = re.sub(r"is-active.*\n", "", (tools / "asked").read_text())
