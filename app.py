@@ -17,12 +17,14 @@ import base64
 import errno
 import hashlib
 import hmac
+import importlib.util
 import io
 import itertools
 import json
 import logging
 import math
 import os
+import random
 import re
 import select
 import socket
@@ -60,6 +62,9 @@ from pydantic import (
 )
 from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
 
+from reference_audio import BadReference, find_reference, load_reference
+from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
+
 HERE = Path(__file__).resolve().parent
 RELEASE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # /health shows it: which app.py is this
 log = logging.getLogger("speech")
@@ -78,12 +83,26 @@ def split_list(value: object) -> object:
     return parts
 
 
+def split_folders(value: object) -> object:
+    """Turn a variable like PATH into a tuple of folders."""
+    return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator can set: each field is the variable TTS_<FIELD IN CAPITALS>."""
 
-    engine: Literal["auto", "embedded"] = "auto"  # auto takes the best engine this machine can run
+    engine: Literal["auto", "omni", "indextts", "embedded"] = "auto"  # auto takes the best one this machine can run
+    model: str = ""  # omni: the folder or hub id of IndexTTS-2 or 2.5
+    omni_deploy_config: Path | None = None  # omni: vLLM-Omni's deploy file, instead of the one made for the model
+    indextts_dir: Path = HERE  # indextts: the index-tts-vllm checkout
+    model_dir: Path = Path("checkpoints/IndexTTS-2-vLLM")  # indextts: its weights, below the checkout
+    fp16: bool = False  # indextts: half precision where the checkout takes it
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the GPU for the speech model
+    qwenemo_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.10  # and for the emotion-text model
     voices_file: Path = HERE / "voices.json"
+    reference_dirs: Annotated[tuple[Path, ...], BeforeValidator(split_folders)] = (HERE / "examples",)  # A:B:C
+    max_reference_bytes: Annotated[int, Field(ge=1024)] = 32 << 20
     lexicon: Path | None = None  # pronunciations, word = reading, one a line
     cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
     api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open
@@ -119,6 +138,7 @@ RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health
 LOOKAHEAD = 2  # utterances of one request submitted at once: one is made while one is sent
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
+HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
 RETRY_AFTER_S = 5
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
@@ -511,7 +531,7 @@ def find_breaks(text: str) -> list[tuple[int, int]]:
 def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES) -> list[Utterance]:
     """Split text at its natural breaks: a short utterance first, then each up to twice as long as the one before."""
     reach = [0.0, *itertools.accumulate(map(syllables, text))]
-    utterances, marks, start, limit = [], find_breaks(text), 0, first
+    utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
     while start < len(text):
         marks = [mark for mark in marks if mark[0] > start]
         near, far = (bisect_right(reach, reach[start] + size) - 1 for size in (limit, full))
@@ -519,6 +539,18 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
         start, limit = end, min(full, limit * 2)
+    return utterances
+
+
+def split_to_fit(text: str, fits: Callable[[str], bool], full: float = FULL_SYLLABLES) -> list[Utterance]:
+    """Split text into utterances, and those that do not fit the engine again at half the length."""
+    utterances: list[Utterance] = []
+    for utterance in split_utterances(text, full=full):
+        if fits(utterance.text) or len(utterance.text) == 1:
+            utterances.append(utterance)
+            continue
+        *parts, last = split_to_fit(utterance.text, fits, min(full, sum(map(syllables, utterance.text))) / 2)
+        utterances += [*parts, Utterance(last.text, utterance.pause_s)]
     return utterances
 
 
@@ -752,6 +784,9 @@ class SynthesisOptions:
     """What shapes an utterance beside its text and voice."""
 
     speed: float = 1.0
+    seed: int | None = None
+    emotion: Emotion = Emotion()
+    reference: Reference | None = None  # speak like this, not like the voice
     cancellation: Cancellation = field(default_factory=Cancellation)
 
 
@@ -764,6 +799,7 @@ class Engine(Protocol):
     max_utterance_tokens: int
     can_clone: bool
     can_emote: bool
+    emotes_by_text: bool
     honours: frozenset[str]  # request fields that have an effect on this engine
     speed_range: tuple[float, float]  # speeds it speaks by itself, duration within a few per cent; beyond, stretch()
     slots: int  # utterances that it makes well at once
@@ -776,6 +812,12 @@ class Engine(Protocol):
 
     def can_speak(self, text: str) -> bool:
         """Tell whether there is anything in the text that this engine reads aloud."""
+
+    def fits(self, utterance: str) -> bool:
+        """Tell whether the engine takes an utterance of this length in one."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what /health shows of this engine beside the rest."""
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance; raise EngineFault."""
@@ -793,7 +835,7 @@ class EmbeddedEngine:
     name, model = "embedded", "kokoro-82m-int8"
     sample_rate = 24_000
     max_utterance_tokens = 508
-    can_clone = can_emote = False
+    can_clone = can_emote = emotes_by_text = False
     honours: frozenset[str] = frozenset()
     speed_range = (1.0, 1.0)  # the network rounds each sound to frames: at 0.8 or 1.25 it is up to 15 % off
     slots = 1
@@ -817,6 +859,14 @@ class EmbeddedEngine:
         """Tell whether the text holds Latin letters, digits, or Han characters with a reading."""
         return self._voice.can_speak(text)
 
+    def fits(self, utterance: str) -> bool:
+        """It cuts what is too long itself."""
+        return True
+
+    def report(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance in the style that the voice has for its language."""
         language = self._voice.language(utterance)
@@ -832,12 +882,168 @@ class EmbeddedEngine:
         """Nothing outlives the worker."""
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {"embedded": EmbeddedEngine}
+TAKES = 2  # of an utterance that came back wrong, before it is refused
+LONGEST_S, LONGEST_S_PER_SYLLABLE = 3.0, 0.8  # a slow speaker takes 0.35 s; more than this is the model running away
+
+
+class VllmEngine:
+    """IndexTTS on vLLM, loaded once in this worker: what `omni` and `indextts` share."""
+
+    sample_rate = 22_050
+    can_clone = can_emote = True
+    slots = 8  # enough to keep the first stage busy while the last one works
+    honours = frozenset(ENGINE_OPTIONS)
+
+    def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any]):
+        self.name, self.model = name, model
+        self._settings, self._create = settings, create
+        self._owner = EngineLoop()
+        self._voice: VoiceModel | None = None
+        self._gpus: list[dict[str, Any]] = []
+
+    @property
+    def speed_range(self) -> tuple[float, float]:
+        """Speeds the model speaks by itself."""
+        return self._voice.speed_range if self._voice else (1.0, 1.0)
+
+    @property
+    def emotes_by_text(self) -> bool:
+        """Whether the model that reads an emotion out of words is there."""
+        return bool(self._voice and self._voice.emotes_by_text)
+
+    @property
+    def max_utterance_tokens(self) -> int:
+        """Text tokens of the longest utterance."""
+        return self._voice.max_utterance_tokens if self._voice else 0
+
+    def load(self) -> None:
+        """Build the engine inside its owner's loop."""
+        self._voice = self._owner.load(lambda: self._create(self._settings))
+        self._gpus = gpus()
+
+    def check(self, voice: Voice) -> None:
+        """Raise ValueError where a voice's reference audio is missing or unfit."""
+        load_reference(reference_file(voice))
+
+    def can_speak(self, text: str) -> bool:
+        """The model tries whatever has letters."""
+        return True
+
+    def fits(self, utterance: str) -> bool:
+        """Count the utterance's tokens: too many kill the engine."""
+        return self._voice.count_tokens(utterance) <= self._voice.max_utterance_tokens
+
+    def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
+        """Speak one utterance; what comes back wrong is taken once more with another seed. Raises SpeechError."""
+        reference = options.reference or load_reference(reference_file(voice))
+        for take in range(TAKES):
+            seed = options.seed if take == 0 else random.getrandbits(31)
+            spoken = self._speak(utterance, reference, options, seed)
+            if (fault := take_fault(spoken, self.sample_rate, utterance, options.speed)) is None:
+                return level(AudioChunk(spoken.samples, self.sample_rate), 0)
+            log.warning("take %d of an utterance of %d characters: %s", take + 1, len(utterance), fault)
+        raise EngineFault(
+            f"The engine could not speak {printable(utterance, 60)!r}: {fault}, {TAKES} times. Reword or split it.",
+            "input", "unspoken_sentence",
+        )  # fmt: skip
+
+    def _speak(self, utterance: str, reference: Reference, options: SynthesisOptions, seed: int | None) -> Spoken:
+        work = self._voice.speak(utterance, reference, emotion=options.emotion, speed=options.speed, seed=seed)
+        try:
+            return self._owner.run(work, self._settings.utterance_timeout_s, options.cancellation.on_cancel)
+        except EngineDead as error:
+            raise Unavailable(f"The engine died: {error}. Another one is being started.", code="engine_died") from None
+        except DeadlinePassed as error:
+            raise Unavailable(f"Too late: {error}.", code="timeout") from None
+        except GivenUp:
+            raise ClientGone from None
+
+    def healthy(self) -> str | None:
+        """Return why the engine is dead, within a second of its death."""
+        return self._owner.ailment()
+
+    def report(self) -> dict[str, Any]:
+        """What of the GPU may be used, what the GPU has, and what the model tells."""
+        return {
+            "gpus": self._gpus,
+            "gpu_memory_utilization": self._settings.gpu_memory_utilization,
+            "qwenemo_gpu_memory_utilization": self._settings.qwenemo_gpu_memory_utilization,
+            "utterances": self._owner.in_flight,
+            "emotes_by_text": self.emotes_by_text,
+            **(self._voice.report() if self._voice else {}),
+        }
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self._owner.close()
+
+
+def reference_file(voice: Voice) -> Path:
+    """Return where a voice's reference audio is: as voices.json says, from this file's folder."""
+    return HERE / voice.reference_audio
+
+
+def take_fault(spoken: Spoken, sample_rate: int, text: str, speed: float) -> str | None:
+    """Return what is wrong with an utterance as the model made it, None where nothing is."""
+    samples, seconds = spoken.samples, len(spoken.samples) / sample_rate
+    longest = (LONGEST_S + LONGEST_S_PER_SYLLABLE * sum(map(syllables, text))) / speed
+    faults = {
+        "it came back empty": not samples.size,
+        "it ran into the length limit": spoken.truncated,
+        "it holds samples that are not numbers": not np.isfinite(samples).all(),
+        "it came back silent": not np.abs(samples).max(initial=0) > QUIET,
+        f"it lasts {seconds:.1f} s": seconds > longest,
+    }
+    return next((fault for fault, found in faults.items() if found), None)
+
+
+async def create_omni(settings: Settings) -> VoiceModel:
+    """Load IndexTTS-2 or 2.5 on vLLM-Omni."""
+    from omni_voice import OmniVoice
+
+    return await OmniVoice.create(
+        model=settings.model,
+        deploy_config=settings.omni_deploy_config,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+
+
+async def create_indextts(settings: Settings) -> VoiceModel:
+    """Load the IndexTTS2 class of an index-tts-vllm checkout."""
+    from indextts_voice import IndexTTSVoice
+
+    return await IndexTTSVoice.create(
+        checkout=settings.indextts_dir,
+        model_dir=settings.indextts_dir / settings.model_dir,
+        fp16=settings.fp16,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        qwenemo_gpu_memory_utilization=settings.qwenemo_gpu_memory_utilization,
+    )
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {
+    "omni": lambda s: VllmEngine("omni", s, Path(s.model).name, create_omni),
+    "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts),
+    "embedded": EmbeddedEngine,
+}
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
 
 
 def choose_engine(settings: Settings) -> Engine:
     """Return the engine asked for, or for `auto` the best one that this machine can run."""
-    return ENGINES["embedded" if settings.engine == "auto" else settings.engine](settings)
+    name = find_engine(settings) if settings.engine == "auto" else settings.engine
+    return ENGINES[name](settings)
+
+
+def find_engine(settings: Settings) -> str:
+    """Return omni or indextts where a GPU, the package and the weights are there, else embedded."""
+    checkout = settings.indextts_dir
+    if not any(device.exists() for device in GPU_DEVICES) or not importlib.util.find_spec("vllm"):
+        return "embedded"
+    if settings.model and importlib.util.find_spec("vllm_omni"):
+        return "omni"
+    needed = (checkout / "indextts" / "infer_vllm_v2.py", checkout / settings.model_dir / "config.yaml")
+    return "indextts" if all(path.is_file() for path in needed) else "embedded"
 
 
 # === The speech pipeline ===
@@ -890,6 +1096,9 @@ class Order:
     speed: float = 1.0
     sample_rate: int = PCM_RATE
     full_syllables: float = FULL_SYLLABLES
+    seed: int | None = None
+    emotion: Emotion = Emotion()
+    reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
     cancellation: Cancellation = field(default_factory=Cancellation)
     audio_s: float = 0.0  # made so far
@@ -907,6 +1116,7 @@ class Speech:
         self._slots = Slots(settings.slots or engine.slots)
         self._requests = 0
         self._lock = threading.Lock()
+        self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
 
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
@@ -927,6 +1137,12 @@ class Speech:
         except Exception as error:
             self.trouble = f"engine {self.engine.name} did not load: {error}"
             log.exception("the engine did not load")
+            return
+        while (ailment := self.engine.healthy()) is None:
+            time.sleep(HEALTH_CHECK_S)
+        self.trouble = ailment
+        log.error("the engine died: %s", ailment)
+        self.on_death()
 
     def _check(self, voices: Voices) -> None:
         for voice in voices.voices:
@@ -1002,7 +1218,7 @@ class Speech:
                     f"The {self.engine.name} engine cannot read {printable(sentence, 40)!r}: "
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
-        return split_utterances(order.text, full=order.full_syllables)
+        return split_to_fit(order.text, self.engine.fits, order.full_syllables)
 
     def _synthesize(self, utterance: Utterance, order: Order) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
@@ -1011,7 +1227,7 @@ class Speech:
         began = time.perf_counter()
         slowest, fastest = self.engine.speed_range
         native = min(max(order.speed, slowest), fastest)
-        options = SynthesisOptions(native, order.cancellation)
+        options = SynthesisOptions(native, order.seed, order.emotion, order.reference, order.cancellation)
         chunk = self.engine.synthesize(utterance.text, order.voice, options)
         order.compute_s += time.perf_counter() - began
         return stretch(trim(chunk), order.speed / native)
@@ -1143,7 +1359,9 @@ def create_speech() -> Response:
     body: SpeechRequest = parse(SpeechRequest, read_json())
     voice = speech().voices.resolve(body.voice)
     rate = choose_rate(FORMATS[body.response_format], body.sample_rate, speech().engine.sample_rate)
-    order = Order(body.input, voice, body.speed, rate, is_gone=watch_client())
+    order = Order(
+        body.input, voice, body.speed, rate, seed=body.seed, emotion=asked_emotion(body), is_gone=watch_client()
+    )
     return answer(order, body.response_format, body.ignored(speech().engine.honours), body.stream, body.stream_format)
 
 
@@ -1151,10 +1369,13 @@ def create_speech() -> Response:
 def create_native_speech() -> Response:
     """IndexTTS's native call."""
     body: NativeRequest = parse(NativeRequest, read_json())
-    voice = resolve_reference(body.spk_audio_path)
+    voice, reference = resolve_speaker(body.spk_audio_path)
     full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
     rate = speech().engine.sample_rate
-    order = Order(body.text, voice, 1.0, rate, full, is_gone=watch_client())
+    order = Order(
+        body.text, voice, 1.0, rate, full,
+        emotion=asked_native_emotion(body), reference=reference, is_gone=watch_client(),
+    )  # fmt: skip
     return answer(order, "wav", body.ignored(speech().engine.honours))
 
 
@@ -1199,18 +1420,86 @@ def health() -> tuple[Response, int]:
         "voices": len(service.voices.voices),
         "requests": service.requests,
         "uptime_s": round(time.monotonic() - service.started, 1),
+        **service.engine.report(),
     }
     return jsonify(report), 200 if ailment is None else 503
 
 
-def resolve_reference(path: str) -> Voice:
-    """Return the voice of a reference audio's path; raise InvalidRequest where the engine would have to clone."""
+def resolve_speaker(path: str) -> tuple[Voice, Reference | None]:
+    """Return the voice whose reference audio a path names, or the file to clone; raise InvalidRequest."""
+    voice = speech().voices.of_reference(path)
+    reference = read_reference(path, "spk_audio_path") if speech().engine.can_clone else None
+    if voice and (reference is None or reference.digest == load_reference(reference_file(voice)).digest):
+        return voice, None
+    if reference:
+        return speech().voices.resolve(None), reference
+    raise no_reference(path, "spk_audio_path")
+
+
+def resolve_emotion_audio(path: str, param: str) -> Reference:
+    """Return the reference audio that a path names, a voice's own included; raise InvalidRequest."""
+    if reference := read_reference(path, param):
+        return reference
     if voice := speech().voices.of_reference(path):
-        return voice
+        return load_reference(reference_file(voice))
+    raise no_reference(path, param)
+
+
+def read_reference(path: str, param: str) -> Reference | None:
+    """Return a file below TTS_REFERENCE_DIRS, None where it is not there; raise InvalidRequest for one unfit."""
+    settings = speech().settings
+    try:
+        found = find_reference(path, settings.reference_dirs, settings.max_reference_bytes)
+        return load_reference(found) if found else None
+    except BadReference as error:
+        raise InvalidRequest(f"'{param}': {error}.", param, "bad_reference_audio") from None
+
+
+def no_reference(path: str, param: str) -> InvalidRequest:
+    """Say that there is no such reference audio, and what there is."""
     known = ", ".join(Path(voice.reference_audio).name for voice in speech().voices.voices)
+    engine, named = speech().engine, printable(path, 120)
+    if engine.can_clone:
+        told = f"'{param}': there is no {named!r} below this server's reference folders (TTS_REFERENCE_DIRS); "
+        return InvalidRequest(f"{told}the voices are {known}.", param, "reference_not_found")
+    told = f"'{param}': the {engine.name} engine cannot clone {named!r}; it speaks in the voices of {known}."
+    return InvalidRequest(told, param, "cannot_clone")
+
+
+def asked_emotion(body: SpeechRequest) -> Emotion:
+    """Return the emotion that a speech request asks for in one of three ways; raise InvalidRequest for two at once."""
+    if not speech().engine.can_emote:
+        return Emotion()
+    given = [name for name in ("emotion_vector", "emotion_audio", "instructions") if getattr(body, name)]
+    if len(given) > 1:
+        raise InvalidRequest(f"Give only one of {' and '.join(given)}.", given[1])
+    if body.emotion_vector:
+        return Emotion(vector=tuple(body.emotion_vector))
+    if body.emotion_audio:
+        return Emotion(audio=resolve_emotion_audio(body.emotion_audio, "emotion_audio"))
+    return Emotion(text=emotion_text(body.instructions, "instructions") if body.instructions else None)
+
+
+def asked_native_emotion(body: NativeRequest) -> Emotion:
+    """Return the emotion of IndexTTS's four methods: the speaker's own, another audio's, a vector, a text."""
+    if not speech().engine.can_emote or body.emo_control_method == 0:
+        return Emotion()
+    if body.emo_control_method == 2:
+        return Emotion(vector=tuple(body.emo_vec), random=body.emo_random)
+    if body.emo_control_method == 3:
+        return Emotion(text=emotion_text(body.emo_text or body.text, "emo_text"), random=body.emo_random)
+    if not body.emo_ref_path:
+        raise InvalidRequest("'emo_ref_path': method 1 needs the path of an emotion's audio.", "emo_ref_path")
+    return Emotion(resolve_emotion_audio(body.emo_ref_path, "emo_ref_path"), body.emo_weight)
+
+
+def emotion_text(text: str, param: str) -> str:
+    """Return the text; raise InvalidRequest where the model that reads emotions out of words is not there."""
+    if speech().engine.emotes_by_text:
+        return text
     raise InvalidRequest(
-        f"'spk_audio_path': the {speech().engine.name} engine cannot clone {printable(path, 120)!r}; "
-        f"it speaks in the voices of {known}.", "spk_audio_path", "cannot_clone",
+        f"'{param}': this server's model has no emotion-text model (qwen0.6bemo4-merge); "
+        "give an emotion as a vector or as audio.", param, "no_emotion_text",
     )  # fmt: skip
 
 
@@ -1236,7 +1525,7 @@ def answer(
     response.call_on_close(parts.close)
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
-    response.headers["X-Voice"] = order.voice.id
+    response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
         response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
     return response

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -161,6 +162,8 @@ class EngineLoop:
 
     def close(self) -> None:
         """Let go of the engine; kill those of its processes that have not ended within CLOSE_TIMEOUT_S."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self._fail("the engine is shut down")
         if self.voice:
@@ -210,6 +213,17 @@ def prepare_environment() -> None:
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), PLUGIN]))
 
 
+def gpus() -> list[dict[str, Any]]:
+    """Return each GPU's name, total and free memory in MiB, as nvidia-smi tells; none where it does not."""
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        rows = [[part.strip() for part in line.rsplit(",", 2)] for line in lines]
+        return [{"name": name, "total_mib": int(total), "free_mib": int(free)} for name, total, free in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
 # === Processes (Linux) ===
 
 
@@ -246,11 +260,12 @@ def vital_name(pid: int) -> str | None:
 
 
 def end_processes(pids: dict[int, str], timeout_s: float) -> None:
-    """Wait for processes to end; kill, by their ids, those that have not by the deadline."""
-    deadline = time.monotonic() + timeout_s
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in filter(is_alive, pids):
-        log.warning("killing %s (%d): it did not end within %g s", pids[pid], pid, timeout_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """End processes by their ids: TERM, and KILL for those that are still there at the deadline."""
+    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 1.0)):
+        deadline = time.monotonic() + patience_s
+        for pid in filter(is_alive, pids):
+            log.info("sending %s to %s (%d)", number.name, pids[pid], pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
