@@ -3,16 +3,23 @@
 TERM lets running requests finish; HUP makes the worker read voices.json again, without touching the engine.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from app import RESERVE_THREADS, Settings
+from vllm_engine import children, descendants
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+LEAVE_S = 5  # for running requests to be told, after their engine died
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 settings = Settings.from_env()
@@ -37,8 +44,20 @@ access_log_format = (
 
 
 def when_ready(server):
-    """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first."""
+    """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first.
+
+    What a killed worker leaves behind becomes this process's child, so that end_orphans finds it.
+    """
     server.reload = lambda: [os.kill(pid, signal.SIGHUP) for pid in server.WORKERS]
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def child_exit(server, worker):
+    """End the engine processes that a worker left behind, with the GPU memory they hold."""
+    orphans = [each for pid in children(os.getpid()) if pid not in server.WORKERS for each in (pid, *descendants(pid))]
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def post_worker_init(worker):
@@ -46,7 +65,15 @@ def post_worker_init(worker):
     service = worker.wsgi.extensions["speech"]
     worker.set_accept_enabled = partial(accept, worker, worker.set_accept_enabled)
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
+    service.on_death = leave
     service.start()
+
+
+def leave():
+    """End a worker whose engine died, once its running requests are answered; gunicorn starts another."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LEAVE_S)
+    os._exit(1)
 
 
 def accept(worker, set_accept_enabled, enabled):
