@@ -24,7 +24,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import select
 import socket
@@ -33,7 +32,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -62,7 +61,9 @@ from pydantic import (
 )
 from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
 
+from metrics import Metrics
 from reference_audio import BadReference, find_reference, load_reference
+from scheduling import Cancellation, Claim, Jobs, Slots
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 
 HERE = Path(__file__).resolve().parent
@@ -109,6 +110,7 @@ class Settings:
     slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances made at once; 0: what the engine proposes
     threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of one embedded utterance; 0: all, 4 at the most
     queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # finished utterances kept for who asks again; 0: none
     utterance_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # patience for one utterance, its wait included
     drain_timeout_s: Annotated[int, Field(ge=0)] = 600  # how long TERM waits for running requests
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
@@ -135,7 +137,6 @@ MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
 PCM_RATE = 24_000  # Hz; what OpenAI's clients assume of raw pcm
 RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health answers
-LOOKAHEAD = 2  # utterances of one request submitted at once: one is made while one is sent
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
@@ -754,31 +755,6 @@ def encode_whole(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) ->
 # === Engines ===
 
 
-class Cancellation:
-    """Says once that a request's work is no longer wanted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Stop what runs now and what would come."""
-        with self._lock:
-            self.cancelled = True
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-    def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call back when cancelled, at once if that was before."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-
 @dataclass(frozen=True)
 class SynthesisOptions:
     """What shapes an utterance beside its text and voice."""
@@ -815,6 +791,9 @@ class Engine(Protocol):
 
     def fits(self, utterance: str) -> bool:
         """Tell whether the engine takes an utterance of this length in one."""
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable | None:
+        """Return all that shapes the sound beside text and speed; None where it never sounds the same twice."""
 
     def report(self) -> dict[str, Any]:
         """Return what /health shows of this engine beside the rest."""
@@ -862,6 +841,10 @@ class EmbeddedEngine:
     def fits(self, utterance: str) -> bool:
         """It cuts what is too long itself."""
         return True
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable:
+        """Its styles and gains: it does not sample."""
+        return voice.embedded.model_dump_json()
 
     def report(self) -> dict[str, Any]:
         """Nothing more."""
@@ -937,7 +920,7 @@ class VllmEngine:
         """Speak one utterance; what comes back wrong is taken once more with another seed. Raises SpeechError."""
         reference = options.reference or load_reference(reference_file(voice))
         for take in range(TAKES):
-            seed = options.seed if take == 0 else random.getrandbits(31)
+            seed = None if options.seed is None else options.seed + take
             spoken = self._speak(utterance, reference, options, seed)
             if (fault := take_fault(spoken, self.sample_rate, utterance, options.speed)) is None:
                 return level(AudioChunk(spoken.samples, self.sample_rate), 0)
@@ -957,6 +940,15 @@ class VllmEngine:
             raise Unavailable(f"Too late: {error}.", code="timeout") from None
         except GivenUp:
             raise ClientGone from None
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable | None:
+        """The seed, the reference audio and the emotion, where the model's sampling keeps to its seed."""
+        seed, emotion = options.seed, options.emotion
+        if seed is None or emotion.random or not self._voice.seeded:
+            return None
+        reference = options.reference or load_reference(reference_file(voice))
+        audio = emotion.audio and emotion.audio.digest
+        return seed, reference.digest, audio, emotion.weight, emotion.vector, emotion.text
 
     def healthy(self) -> str | None:
         """Return why the engine is dead, within a second of its death."""
@@ -1049,44 +1041,6 @@ def find_engine(settings: Settings) -> str:
 # === The speech pipeline ===
 
 
-class Slots:
-    """The engine's slots, given per utterance, round robin between requests."""
-
-    def __init__(self, count: int):
-        self._ready = threading.Condition()
-        self._lines: deque[deque] = deque()  # one line a request with an utterance waiting; the next request first
-        for number in range(count):
-            threading.Thread(target=self._serve, name=f"slot-{number}", daemon=True).start()
-
-    def submit(self, line: deque, work: Callable[[], Any]) -> Future:
-        """Put work at the end of a request's line; the future answers once a slot has done it."""
-        future: Future = Future()
-        with self._ready:
-            line.append((future, work))
-            if len(line) == 1:
-                self._lines.append(line)
-            self._ready.notify()
-        return future
-
-    def _next(self) -> tuple[Future, Callable[[], Any]]:
-        with self._ready:
-            self._ready.wait_for(lambda: self._lines)
-            line = self._lines.popleft()
-            job = line.popleft()
-            if line:
-                self._lines.append(line)
-            return job
-
-    def _serve(self) -> None:
-        while True:
-            future, work = self._next()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except Exception as error:
-                    future.set_exception(error)
-
-
 @dataclass
 class Order:
     """What to speak, and what is known of it so far."""
@@ -1100,7 +1054,7 @@ class Order:
     emotion: Emotion = Emotion()
     reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
-    cancellation: Cancellation = field(default_factory=Cancellation)
+    origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
 
@@ -1113,10 +1067,16 @@ class Speech:
         self.voices = Voices.load(settings.voices_file)
         self.trouble: str | None = "loading"
         self.started = time.monotonic()
-        self._slots = Slots(settings.slots or engine.slots)
+        self.slots = settings.slots or engine.slots
+        self._jobs = Jobs(Slots(self.slots), settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
         self._requests = 0
         self._lock = threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
+        self.metrics = Metrics()
+        self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
+        self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
+        self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
+        self.metrics.watch("speech_healthy", "1 when an utterance would be spoken", lambda: self.ailment() is None)
 
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
@@ -1173,15 +1133,12 @@ class Speech:
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
         with self._admitted():
-            try:
-                for utterance, chunk, last in self._synthesized(order):
-                    spoken = resample(chunk, order.sample_rate)
-                    pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
-                    joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
-                    order.audio_s += joined.seconds
-                    yield joined
-            finally:
-                order.cancellation.cancel()
+            for utterance, chunk, last in self._synthesized(order):
+                spoken = resample(chunk, order.sample_rate)
+                pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
+                joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
+                order.audio_s += joined.seconds
+                yield joined
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -1201,14 +1158,26 @@ class Speech:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
         waiting = deque(self._speakable(order))
         line: deque = deque()
-        pending: deque[tuple[Utterance, Future]] = deque()
-        while waiting or pending:
-            while waiting and len(pending) < LOOKAHEAD:
-                utterance = waiting.popleft()
-                pending.append((utterance, self._slots.submit(line, partial(self._synthesize, utterance, order))))
-            utterance, future = pending.popleft()
-            chunk = self._await(future, order)
-            yield utterance, chunk, not (waiting or pending)
+        pending: deque[tuple[Utterance, Claim]] = deque()
+        try:
+            while waiting or pending:
+                while waiting and len(pending) <= self.slots:
+                    utterance = waiting.popleft()
+                    pending.append((utterance, self._claim(utterance, order, line)))
+                utterance, claim = pending[0]
+                chunk = self._await(claim.future, order)
+                pending.popleft()
+                order.origins.append(claim.origin)
+                self.metrics.utterances.labels(claim.origin).inc()
+                yield utterance, chunk, not (waiting or pending)
+        finally:
+            for _, claim in pending:
+                claim.leave()
+
+    def _claim(self, utterance: Utterance, order: Order, line: deque) -> Claim:
+        sound = self.engine.sound_key(order.voice, self._options(order, Cancellation()))
+        key = None if sound is None else (utterance, order.speed, sound)
+        return self._jobs.claim(key, line, partial(self._synthesize, utterance, order, time.perf_counter()))
 
     def _speakable(self, order: Order) -> list[Utterance]:
         """Split the text; raise InvalidRequest where a sentence has letters of which the engine reads none."""
@@ -1220,17 +1189,26 @@ class Speech:
                 )  # fmt: skip
         return split_to_fit(order.text, self.engine.fits, order.full_syllables)
 
-    def _synthesize(self, utterance: Utterance, order: Order) -> AudioChunk:
+    def _synthesize(
+        self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation
+    ) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
         if not any(map(str.isalnum, utterance.text)):
             return silence(utterance.pause_s / order.speed, self.engine.sample_rate)
         began = time.perf_counter()
+        self.metrics.slot_wait_s.observe(began - asked)
+        options = self._options(order, cancellation)
+        with self.metrics.busy_slots.track_inprogress():
+            chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
+        compute_s = time.perf_counter() - began
+        order.compute_s += compute_s
+        self.metrics.rtf.observe(compute_s / chunk.seconds)
+        return stretch(chunk, order.speed / options.speed)
+
+    def _options(self, order: Order, cancellation: Cancellation) -> SynthesisOptions:
         slowest, fastest = self.engine.speed_range
         native = min(max(order.speed, slowest), fastest)
-        options = SynthesisOptions(native, order.seed, order.emotion, order.reference, order.cancellation)
-        chunk = self.engine.synthesize(utterance.text, order.voice, options)
-        order.compute_s += time.perf_counter() - began
-        return stretch(trim(chunk), order.speed / native)
+        return SynthesisOptions(native, order.seed, order.emotion, order.reference, cancellation)
 
     def _await(self, future: Future, order: Order) -> AudioChunk:
         """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""
@@ -1309,6 +1287,9 @@ def finish(response: Response) -> Response:
     """Put what every response carries on it."""
     response.headers["x-request-id"] = g.request_id
     response.headers["openai-processing-ms"] = str(round((time.perf_counter() - g.began) * 1000))
+    route = request.url_rule.rule if request.url_rule else "unknown"
+    spoken = g.get("spoken", ("", ""))
+    speech().metrics.requests.labels(route, response.status_code, *spoken).inc()
     return response
 
 
@@ -1401,6 +1382,12 @@ def list_models() -> Response:
 def list_audio_models() -> Response:
     """The model names, in Open WebUI's shape."""
     return jsonify(models=[{"id": name, "name": name} for name in (*OPENAI_MODELS, speech().engine.model)])
+
+
+@api.get("/metrics")
+def metrics() -> Response:
+    """The figures, for Prometheus."""
+    return Response(speech().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @api.get("/health")
@@ -1508,6 +1495,7 @@ def answer(
 ) -> Response:
     """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
     fmt = FORMATS[format_name]
+    g.spoken = (order.voice.id, format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
     encode = encode_whole if whole else encode_stream
@@ -1525,6 +1513,7 @@ def answer(
     response.call_on_close(parts.close)
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
+    response.headers["X-Cache"] = "hit" if set(order.origins) == {"hit"} else "miss"
     response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
         response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
@@ -1533,15 +1522,22 @@ def answer(
 
 def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
     """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
-    request_id = g.request_id
+    request_id, metrics, began = g.request_id, speech().metrics, g.began
     try:
+        yield next(parts)
+        metrics.first_audio_s.observe(time.perf_counter() - began)
         yield from parts
-    except (SpeechError, ClientGone, GeneratorExit):
+    except (ClientGone, GeneratorExit):
+        raise
+    except SpeechError as error:
+        metrics.errors.labels(error.code or "unknown").inc()
         raise
     except Exception:
+        metrics.errors.labels("fault").inc()
         log.exception("%s failed after %.1f s of audio", request_id, order.audio_s)
         raise
     finally:
+        metrics.audio_s.inc(order.audio_s)
         environ["speech.voice"] = order.voice.id
         environ["speech.audio_s"] = f"{order.audio_s:.2f}"
         environ["speech.rtf"] = f"{order.compute_s / order.audio_s:.3f}" if order.audio_s else "-"

@@ -34,6 +34,10 @@ class ScriptedEngine:
         """Any length will do."""
         return True
 
+    def sound_key(self, voice, options):
+        """Seeded requests repeat, others do not."""
+        return options.seed if options.seed is None else (options.seed, voice.id)
+
     def report(self):
         """Nothing more."""
         return {}

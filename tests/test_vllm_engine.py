@@ -199,7 +199,7 @@ class TestEngine:
         voice.answers = [bad]
         assert say(app, seed=5).status_code == 200
         seeds = [options["seed"] for *_, options in voice.asked]
-        assert len(seeds) == 2 and seeds[0] == 5 != seeds[1]
+        assert seeds == [5, 6]
 
     def test_twice_wrong_is_refused_and_the_sentence_named(self, app, voice):
         voice.answers = [Spoken(noise(), True)] * 2
