@@ -1,11 +1,12 @@
 """GET /metrics, the cache and the sharing of requests as a client sees them."""
 
+import json
 import re
 import threading
 
 import pytest
 
-from app import Settings, create_app
+from app import HERE, Settings, create_app
 
 SPEECH = "/v1/audio/speech"
 
@@ -96,3 +97,14 @@ def test_metrics_need_a_key_where_keys_are_set(engine):
     client = create_app(Settings(api_keys=("secret",)), engine).test_client()
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_the_dashboard_shows_only_figures_that_there_are(client):
+    say(client, seed=7)
+    told = client.get("/metrics").text
+    board = json.loads((HERE / "dashboards" / "grafana.json").read_text())
+    asked = {name for panel in board["panels"] for target in panel["targets"]
+             for name in re.findall(r"(?:speech|process)_\w+", target["expr"])}  # fmt: skip
+    assert len(asked) > 10
+    for name in asked - {"speech_errors_total"}:
+        assert re.search(rf"^{name}[ {{]", told, re.MULTILINE), name
