@@ -16,9 +16,9 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import hmac
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -42,8 +42,10 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from urllib.parse import quote
 
 import av
+import flask_cors
 import numpy as np
 import soundfile
 import soxr
@@ -61,6 +63,7 @@ from pydantic import (
 )
 from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
 
+from access import WRONG_KEYS_S, ForwardedAddress, Keys, WrongKeys
 from metrics import Metrics
 from reference_audio import BadReference, find_reference, load_reference
 from scheduling import Cancellation, Claim, Jobs, Slots
@@ -82,6 +85,12 @@ def split_list(value: object) -> object:
     if not parts or not value.isascii():
         raise ValueError("name at least one, in ASCII, or leave the variable out")
     return parts
+
+
+def split_networks(value: object) -> object:
+    """Turn comma-separated addresses and networks into a tuple; raise ValueError on what is neither."""
+    networks = split_list(value)
+    return tuple(str(ipaddress.ip_network(network)) for network in networks) if isinstance(value, str) else networks
 
 
 def split_folders(value: object) -> object:
@@ -107,9 +116,14 @@ class Settings:
     lexicon: Path | None = None  # pronunciations, word = reading, one a line
     cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
     api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open
+    api_keys_file: Path | None = None  # further keys, one a line; read again whenever it changes
+    trusted_proxies: Annotated[tuple[str, ...], BeforeValidator(split_networks)] = ()  # whose X-Forwarded-For holds
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # web pages that may ask; empty: none
+    log_text_characters: Annotated[int, Field(ge=0)] = 0  # of a text to be spoken that its log line shows
     slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances made at once; 0: what the engine proposes
     threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of one embedded utterance; 0: all, 4 at the most
     queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
+    queue_characters: Annotated[int, Field(ge=1)] = 300_000  # and their text in all: about 20 hours of speech
     cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # finished utterances kept for who asks again; 0: none
     utterance_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # patience for one utterance, its wait included
     drain_timeout_s: Annotated[int, Field(ge=0)] = 600  # how long TERM waits for running requests
@@ -136,7 +150,7 @@ class Settings:
 MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
 PCM_RATE = 24_000  # Hz; what OpenAI's clients assume of raw pcm
-RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health answers
+RESERVE_THREADS = 128  # threads beyond the admitted requests: /health, and clients slow to send their request
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
@@ -187,15 +201,21 @@ class SpeechError(Exception):
     type = "server_error"
     code: str | None = None
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, quoted: str = ""):
         super().__init__(message)
         self.message, self.param, self.code = message, param, code or self.code
+        self.quoted = quoted  # the client's text in the message, which no log line may show
 
     def headers(self) -> dict[str, str]:
         """Headers beside the envelope: when to come back, where that makes sense."""
-        if self.status not in (429, 503):
-            return {}
-        return {"Retry-After": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
+        after_s = self.retry_after_s
+        return {"Retry-After": str(after_s), "retry-after-ms": str(after_s * 1000)} if after_s else {}
+
+    def logged(self) -> str:
+        """The message without the client's text."""
+        return self.message.replace(self.quoted, "...") if self.quoted else self.message
 
 
 class InvalidRequest(SpeechError):
@@ -220,6 +240,16 @@ class Busy(SpeechError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after_s = RETRY_AFTER_S
+
+
+class TooManyWrongKeys(SpeechError):
+    """429: an address that goes on trying keys."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_wrong_keys"
+    retry_after_s = WRONG_KEYS_S
 
 
 class Unavailable(SpeechError):
@@ -227,6 +257,7 @@ class Unavailable(SpeechError):
 
     status = 503
     code = "unavailable"
+    retry_after_s = RETRY_AFTER_S
 
 
 class EngineFault(SpeechError):
@@ -925,9 +956,10 @@ class VllmEngine:
             if (fault := take_fault(spoken, self.sample_rate, utterance, options.speed)) is None:
                 return level(AudioChunk(spoken.samples, self.sample_rate), 0)
             log.warning("take %d of an utterance of %d characters: %s", take + 1, len(utterance), fault)
+        quoted = printable(utterance, 60)
         raise EngineFault(
-            f"The engine could not speak {printable(utterance, 60)!r}: {fault}, {TAKES} times. Reword or split it.",
-            "input", "unspoken_sentence",
+            f"The engine could not speak {quoted!r}: {fault}, {TAKES} times. Reword or split it.",
+            "input", "unspoken_sentence", quoted,
         )  # fmt: skip
 
     def _speak(self, utterance: str, reference: Reference, options: SynthesisOptions, seed: int | None) -> Spoken:
@@ -1069,9 +1101,10 @@ class Speech:
         self.started = time.monotonic()
         self.slots = settings.slots or engine.slots
         self._jobs = Jobs(Slots(self.slots), settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
-        self._requests = 0
+        self._requests = self._characters = 0
         self._lock = threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
+        self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
         self.metrics = Metrics()
         self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
         self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
@@ -1132,7 +1165,7 @@ class Speech:
 
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
-        with self._admitted():
+        with self._admitted(len(order.text)):
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
                 pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
@@ -1141,18 +1174,22 @@ class Speech:
                 yield joined
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self, characters: int) -> Iterator[None]:
         if reason := self.ailment():
             raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
         with self._lock:
-            if self._requests >= self.settings.queue_requests:
+            full = self._requests >= self.settings.queue_requests
+            too_much = self._requests and self._characters + characters > self.settings.queue_characters
+            if full or too_much:
                 raise Busy(f"{self._requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
             self._requests += 1
+            self._characters += characters
         try:
             yield
         finally:
             with self._lock:
                 self._requests -= 1
+                self._characters -= characters
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
@@ -1226,6 +1263,15 @@ class Speech:
 # === App ===
 
 api = Blueprint("speech", __name__)
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+EXPOSED_HEADERS = [
+    "x-request-id", "X-Audio-Duration", "X-Sample-Rate", "X-Engine", "X-Voice", "X-Cache", "X-Ignored-Parameters",
+    "Retry-After",
+]  # fmt: skip
 
 
 def create_app(settings: Settings | None = None, engine: Engine | None = None) -> Flask:
@@ -1240,7 +1286,9 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     app.register_error_handler(HTTPException, tell_http_error)
     app.register_error_handler(ClientGone, lambda _: Response(status=499))
     app.register_error_handler(Exception, tell_fault)
-    app.wsgi_app = SingleSlashes(app.wsgi_app)
+    if settings.cors_origins:
+        flask_cors.CORS(app, origins=list(settings.cors_origins), expose_headers=EXPOSED_HEADERS, max_age=600)
+    app.wsgi_app = ForwardedAddress(SingleSlashes(app.wsgi_app), settings.trusted_proxies)
     return app
 
 
@@ -1266,8 +1314,14 @@ def begin() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req_{uuid.uuid4().hex}"
     g.began = time.perf_counter()
-    keys = speech().settings.api_keys
-    if keys and request.endpoint not in OPEN_ENDPOINTS and not any([same(key, sent_key()) for key in keys]):
+    environ = request.environ
+    environ["speech.path"] = quote(request.path, safe="/")[:200]  # for the log: no query, no line breaks
+    if request.endpoint in OPEN_ENDPOINTS or request.method == "OPTIONS":
+        return
+    service = speech()
+    if service.keys.needed and not service.keys.accept(sent_key()):
+        if service.wrong_keys.count(request.remote_addr or "-"):
+            raise TooManyWrongKeys(f"Too many wrong keys from your address; try again in {WRONG_KEYS_S} s.")
         raise InvalidKey("Give one of this server's API keys as 'Authorization: Bearer KEY'.")
 
 
@@ -1277,14 +1331,10 @@ def sent_key() -> str:
     return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
 
 
-def same(key: str, sent: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(key.encode(), sent.encode("utf-8", "surrogatepass"))
-
-
 @api.after_app_request
 def finish(response: Response) -> Response:
     """Put what every response carries on it."""
+    response.headers.update(SECURITY_HEADERS)
     response.headers["x-request-id"] = g.request_id
     response.headers["openai-processing-ms"] = str(round((time.perf_counter() - g.began) * 1000))
     route = request.url_rule.rule if request.url_rule else "unknown"
@@ -1296,7 +1346,7 @@ def finish(response: Response) -> Response:
 def tell_speech_error(error: SpeechError) -> Response:
     """Answer with OpenAI's envelope, or on the native route in IndexTTS's shape."""
     if error.status >= 500:
-        log.warning("%s %s: %s", g.request_id, error.status, error.message)
+        log.warning("%s %s: %s", g.request_id, error.status, error.logged())
     body = {"status": "error", "error": error.message} if request.path == "/tts_url" else envelope(error)
     response = jsonify(body)
     response.status_code = error.status
@@ -1522,7 +1572,7 @@ def answer(
 
 def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
     """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
-    request_id, metrics, began = g.request_id, speech().metrics, g.began
+    request_id, metrics, began, speech_settings = g.request_id, speech().metrics, g.began, speech().settings
     try:
         yield next(parts)
         metrics.first_audio_s.observe(time.perf_counter() - began)
@@ -1539,6 +1589,9 @@ def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iter
     finally:
         metrics.audio_s.inc(order.audio_s)
         environ["speech.voice"] = order.voice.id
+        environ["speech.characters"] = len(order.text)
+        if shown := speech_settings.log_text_characters:
+            environ["speech.text"] = printable(order.text, shown)
         environ["speech.audio_s"] = f"{order.audio_s:.2f}"
         environ["speech.rtf"] = f"{order.compute_s / order.audio_s:.3f}" if order.audio_s else "-"
 

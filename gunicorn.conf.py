@@ -8,7 +8,9 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from vllm_engine import children, descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 LEAVE_S = 5  # for running requests to be told, after their engine died
+HEADERS_TIMEOUT_S = 15  # for a request's headers
+reading_headers = {}  # by thread: the socket, and until when
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 settings = Settings.from_env()
@@ -38,8 +42,8 @@ graceful_timeout = settings.drain_timeout_s
 control_socket_disable = True  # it would write into the home folder
 accesslog = "-"
 access_log_format = (
-    '%(h)s "%(r)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s'
-    " voice=%({speech.voice}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s"
+    '%(h)s "%(m)s %({speech.path}e)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s voice=%({speech.voice}e)s'
+    " characters=%({speech.characters}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s text=%({speech.text}e)s"
 )
 
 
@@ -64,9 +68,36 @@ def post_worker_init(worker):
     """Load the engine in the background, now that the worker is forked and its routes answer."""
     service = worker.wsgi.extensions["speech"]
     worker.set_accept_enabled = partial(accept, worker, worker.set_accept_enabled)
+    worker.handle = partial(handle, worker.handle)
+    threading.Thread(target=end_slow_headers, name="slow-headers", daemon=True).start()
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
     service.on_death = leave
     service.start()
+
+
+def handle(gunicorn_handle, conn):
+    """Serve a connection's next request; end_slow_headers ends it while its headers are still coming."""
+    thread = threading.get_ident()
+    reading_headers[thread] = (conn.sock, time.monotonic() + HEADERS_TIMEOUT_S)
+    try:
+        return gunicorn_handle(conn)
+    finally:
+        reading_headers.pop(thread, None)
+
+
+def pre_request(worker, req):
+    """The headers are there."""
+    reading_headers.pop(threading.get_ident(), None)
+
+
+def end_slow_headers():
+    """Hang up on clients that hold a thread with half a request: gunicorn alone would wait for ever."""
+    while True:
+        time.sleep(1)
+        for client, deadline in list(reading_headers.values()):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
 
 
 def leave():
