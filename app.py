@@ -6,6 +6,7 @@ POST /v1/audio/speech   OpenAI's createSpeech: wav, pcm, mp3, opus, aac or flac 
 GET  /v1/audio/voices   the voices                                                  (also /audio/voices)
 GET  /v1/models         the model names, in OpenAI's shape; /v1/audio/models in Open WebUI's
 POST /tts_url           IndexTTS's native call, answers a WAV
+GET  /metrics, /openapi.json   figures for Prometheus; the description of all this
 GET  /health            200 when an utterance would be spoken, else 503 and why
 
 One request's way: JSON -> SpeechRequest -> Voice -> utterances -> a slot of the engine for each -> audio -> bytes.
@@ -65,6 +66,7 @@ from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
 
 from access import WRONG_KEYS_S, ForwardedAddress, Keys, WrongKeys
 from metrics import Metrics
+from openapi import describe
 from reference_audio import BadReference, find_reference, load_reference
 from scheduling import Cancellation, Claim, Jobs, Slots
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
@@ -158,7 +160,9 @@ CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is 
 RETRY_AFTER_S = 5
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
-OPEN_ENDPOINTS = {None, "speech.health", "speech.list_voices", "speech.list_models", "speech.list_audio_models"}
+OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
+    "health", "list_voices", "list_models", "list_audio_models", "describe_api",
+))}  # fmt: skip
 
 MPEG_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # below, a frame lasts up to 128 ms
 
@@ -299,6 +303,13 @@ def emotion_sum(value: list[float]) -> list[float]:
 
 
 SPOKEN = BeforeValidator(lambda value: spoken_text(value) if isinstance(value, str) else value)
+SPOKEN_PATTERN = {"pattern": r"\S"}  # what SPOKEN asks, for readers of /openapi.json
+VOICE_OBJECT = {
+    "anyOf": [
+        {"type": "string"}, {"type": "null"},
+        {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"], "additionalProperties": False},
+    ]
+}  # fmt: skip
 EmotionVector = Annotated[
     list[Annotated[float, Field(ge=0, le=1.5)]], Field(min_length=8, max_length=8), AfterValidator(emotion_sum)
 ]
@@ -330,8 +341,8 @@ class SpeechRequest(JsonRequest):
     """OpenAI's createSpeech, and after `instructions` our extensions."""
 
     model: str
-    input: Annotated[str, Field(max_length=MAX_INPUT_CHARACTERS), SPOKEN]
-    voice: Annotated[str | None, BeforeValidator(voice_name)] = None
+    input: Annotated[str, Field(max_length=MAX_INPUT_CHARACTERS, json_schema_extra=SPOKEN_PATTERN), SPOKEN]
+    voice: Annotated[str | None, BeforeValidator(voice_name), Field(json_schema_extra=VOICE_OBJECT)] = None
     response_format: Literal["wav", "pcm", "mp3", "opus", "aac", "flac"] = "wav"
     speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
     stream_format: Literal["audio", "sse"] = "audio"
@@ -346,7 +357,7 @@ class SpeechRequest(JsonRequest):
 class NativeRequest(JsonRequest):
     """IndexTTS's /tts_url."""
 
-    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS), SPOKEN]
+    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS, json_schema_extra=SPOKEN_PATTERN), SPOKEN]
     spk_audio_path: Annotated[str, Field(min_length=1)]
     emo_control_method: Annotated[int, Field(ge=0, le=3)] = 0
     emo_ref_path: str | None = None
@@ -1432,6 +1443,13 @@ def list_models() -> Response:
 def list_audio_models() -> Response:
     """The model names, in Open WebUI's shape."""
     return jsonify(models=[{"id": name, "name": name} for name in (*OPENAI_MODELS, speech().engine.model)])
+
+
+@api.get("/openapi.json")
+def describe_api() -> Response:
+    """The OpenAPI description."""
+    audio = [fmt.content_type for fmt in FORMATS.values()]
+    return jsonify(describe("Speech server", RELEASE, SpeechRequest, NativeRequest, audio))
 
 
 @api.get("/metrics")
