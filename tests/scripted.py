@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,16 @@ RATE = 22_050
 def noise(seconds=0.5, scale=0.3):
     """Samples at speech level."""
     return np.random.default_rng(0).uniform(-scale, scale, round(seconds * RATE)).astype(np.float32)
+
+
+def level_of(number, seconds=0.5):
+    """Samples whose level tells a number from 0 to 999."""
+    return np.full(round(seconds * RATE), (number % 1000 + 100) / 2000, np.float32)
+
+
+def number_of(samples):
+    """The number that level_of was given."""
+    return round(float(np.median(np.abs(samples))) * 2000) - 100
 
 
 class ScriptedVoice:
@@ -48,7 +59,10 @@ class ScriptedVoice:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return self.answers.pop(0) if self.answers else Spoken(noise(), False)
+        if self.answers:
+            return self.answers.pop(0)
+        number = re.search(r"\d+", text)
+        return Spoken(level_of(int(number[0])) if number else noise(), False)
 
     def ailment(self):
         """Whatever the test set."""
