@@ -35,6 +35,10 @@ test: install-test ## ruff, shellcheck and pytest
 	$(BIN)/shellcheck $(wildcard *.sh) .ci/run
 	$(BIN)/python -m pytest
 
+.PHONY: fuzz
+fuzz: install-test ## 28,000 cases of anything at all as a request (a quarter of an hour)
+	FUZZ_EXAMPLES=7000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
 .PHONY: bench
 bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
 	$(BIN)/python benchmarks/figures.py
