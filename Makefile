@@ -35,6 +35,10 @@ test: install-test ## ruff, shellcheck and pytest
 	$(BIN)/shellcheck $(wildcard *.sh) .ci/run
 	$(BIN)/python -m pytest
 
+.PHONY: fuzz
+fuzz: install-test ## 28,000 cases of anything at all as a request (a quarter of an hour)
+	FUZZ_EXAMPLES=7000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+
 .PHONY: bench
 bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
 	$(BIN)/python benchmarks/figures.py
@@ -59,6 +63,7 @@ licences: install ## list every installed package with its licence; fail on the 
 lock: ## pin the newest versions that requirements*.in allow (needs uv)
 	$(LOCK) requirements-build.in -o requirements-build.txt
 	$(LOCK) requirements.in -o requirements.txt
+	$(LOCK) requirements-gpu.in -o requirements-gpu.txt
 	$(LOCK) requirements-test.in -o requirements-test.txt
 	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
 

@@ -6,6 +6,7 @@ POST /v1/audio/speech   OpenAI's createSpeech: wav, pcm, mp3, opus, aac or flac 
 GET  /v1/audio/voices   the voices                                                  (also /audio/voices)
 GET  /v1/models         the model names, in OpenAI's shape; /v1/audio/models in Open WebUI's
 POST /tts_url           IndexTTS's native call, answers a WAV
+GET  /metrics, /openapi.json   figures for Prometheus; the description of all this
 GET  /health            200 when an utterance would be spoken, else 503 and why
 
 One request's way: JSON -> SpeechRequest -> Voice -> utterances -> a slot of the engine for each -> audio -> bytes.
@@ -16,8 +17,9 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import hmac
+import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -31,7 +33,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -41,8 +43,10 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from urllib.parse import quote
 
 import av
+import flask_cors
 import numpy as np
 import soundfile
 import soxr
@@ -59,6 +63,13 @@ from pydantic import (
     model_validator,
 )
 from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
+
+from access import WRONG_KEYS_S, ForwardedAddress, Keys, WrongKeys
+from metrics import Metrics
+from openapi import describe
+from reference_audio import BadReference, find_reference, load_reference
+from scheduling import Cancellation, Claim, Jobs, Slots
+from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = HERE / "release.sha256"  # the checksums of all files of a deployed release
@@ -79,18 +90,44 @@ def split_list(value: object) -> object:
     return parts
 
 
+def split_networks(value: object) -> object:
+    """Turn comma-separated addresses and networks into a tuple; raise ValueError on what is neither."""
+    networks = split_list(value)
+    return tuple(str(ipaddress.ip_network(network)) for network in networks) if isinstance(value, str) else networks
+
+
+def split_folders(value: object) -> object:
+    """Turn a variable like PATH into a tuple of folders."""
+    return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator can set: each field is the variable TTS_<FIELD IN CAPITALS>."""
 
-    engine: Literal["auto", "embedded"] = "auto"  # auto takes the best engine this machine can run
+    engine: Literal["auto", "omni", "indextts", "embedded"] = "auto"  # auto takes the best one this machine can run
+    model: str = ""  # omni: the folder or hub id of IndexTTS-2 or 2.5
+    omni_deploy_config: Path | None = None  # omni: vLLM-Omni's deploy file, instead of the one made for the model
+    indextts_dir: Path = HERE  # indextts: the index-tts-vllm checkout
+    model_dir: Path = Path("checkpoints/IndexTTS-2-vLLM")  # indextts: its weights, below the checkout
+    fp16: bool = False  # indextts: half precision where the checkout takes it
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the GPU for the speech model
+    qwenemo_gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.10  # and for the emotion-text model
     voices_file: Path = HERE / "voices.json"
+    reference_dirs: Annotated[tuple[Path, ...], BeforeValidator(split_folders)] = (HERE / "examples",)  # A:B:C
+    max_reference_bytes: Annotated[int, Field(ge=1024)] = 32 << 20
     lexicon: Path | None = None  # pronunciations, word = reading, one a line
     cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
     api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open
+    api_keys_file: Path | None = None  # further keys, one a line; read again whenever it changes
+    trusted_proxies: Annotated[tuple[str, ...], BeforeValidator(split_networks)] = ()  # whose X-Forwarded-For holds
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # web pages that may ask; empty: none
+    log_text_characters: Annotated[int, Field(ge=0)] = 0  # of a text to be spoken that its log line shows
     slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances made at once; 0: what the engine proposes
     threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of one embedded utterance; 0: all, 4 at the most
     queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
+    queue_characters: Annotated[int, Field(ge=1)] = 300_000  # and their text in all: about 20 hours of speech
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # finished utterances kept for who asks again; 0: none
     utterance_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # patience for one utterance, its wait included
     drain_timeout_s: Annotated[int, Field(ge=0)] = 600  # how long TERM waits for running requests
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
@@ -116,15 +153,17 @@ class Settings:
 MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
 PCM_RATE = 24_000  # Hz; what OpenAI's clients assume of raw pcm
-RESERVE_THREADS = 16  # threads beyond the admitted requests, from which /health answers
-LOOKAHEAD = 2  # utterances of one request submitted at once: one is made while one is sent
+RESERVE_THREADS = 128  # threads beyond the admitted requests: /health, and clients slow to send their request
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
+HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
 RETRY_AFTER_S = 5
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
-OPEN_ENDPOINTS = {None, "speech.health", "speech.list_voices", "speech.list_models", "speech.list_audio_models"}
+OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
+    "health", "list_voices", "list_models", "list_audio_models", "describe_api",
+))}  # fmt: skip
 
 MPEG_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # below, a frame lasts up to 128 ms
 
@@ -167,15 +206,21 @@ class SpeechError(Exception):
     type = "server_error"
     code: str | None = None
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None, quoted: str = ""):
         super().__init__(message)
         self.message, self.param, self.code = message, param, code or self.code
+        self.quoted = quoted  # the client's text in the message, which no log line may show
 
     def headers(self) -> dict[str, str]:
         """Headers beside the envelope: when to come back, where that makes sense."""
-        if self.status not in (429, 503):
-            return {}
-        return {"Retry-After": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
+        after_s = self.retry_after_s
+        return {"Retry-After": str(after_s), "retry-after-ms": str(after_s * 1000)} if after_s else {}
+
+    def logged(self) -> str:
+        """The message without the client's text."""
+        return self.message.replace(self.quoted, "...") if self.quoted else self.message
 
 
 class InvalidRequest(SpeechError):
@@ -200,6 +245,16 @@ class Busy(SpeechError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after_s = RETRY_AFTER_S
+
+
+class TooManyWrongKeys(SpeechError):
+    """429: an address that goes on trying keys."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_wrong_keys"
+    retry_after_s = WRONG_KEYS_S
 
 
 class Unavailable(SpeechError):
@@ -207,6 +262,7 @@ class Unavailable(SpeechError):
 
     status = 503
     code = "unavailable"
+    retry_after_s = RETRY_AFTER_S
 
 
 class EngineFault(SpeechError):
@@ -248,6 +304,13 @@ def emotion_sum(value: list[float]) -> list[float]:
 
 
 SPOKEN = BeforeValidator(lambda value: spoken_text(value) if isinstance(value, str) else value)
+SPOKEN_PATTERN = {"pattern": r"\S"}  # what SPOKEN asks, for readers of /openapi.json
+VOICE_OBJECT = {
+    "anyOf": [
+        {"type": "string"}, {"type": "null"},
+        {"type": "object", "properties": {"id": {"type": "string"}}, "required": ["id"], "additionalProperties": False},
+    ]
+}  # fmt: skip
 EmotionVector = Annotated[
     list[Annotated[float, Field(ge=0, le=1.5)]], Field(min_length=8, max_length=8), AfterValidator(emotion_sum)
 ]
@@ -279,8 +342,8 @@ class SpeechRequest(JsonRequest):
     """OpenAI's createSpeech, and after `instructions` our extensions."""
 
     model: str
-    input: Annotated[str, Field(max_length=MAX_INPUT_CHARACTERS), SPOKEN]
-    voice: Annotated[str | None, BeforeValidator(voice_name)] = None
+    input: Annotated[str, Field(max_length=MAX_INPUT_CHARACTERS, json_schema_extra=SPOKEN_PATTERN), SPOKEN]
+    voice: Annotated[str | None, BeforeValidator(voice_name), Field(json_schema_extra=VOICE_OBJECT)] = None
     response_format: Literal["wav", "pcm", "mp3", "opus", "aac", "flac"] = "wav"
     speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
     stream_format: Literal["audio", "sse"] = "audio"
@@ -295,7 +358,7 @@ class SpeechRequest(JsonRequest):
 class NativeRequest(JsonRequest):
     """IndexTTS's /tts_url."""
 
-    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS), SPOKEN]
+    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS, json_schema_extra=SPOKEN_PATTERN), SPOKEN]
     spk_audio_path: Annotated[str, Field(min_length=1)]
     emo_control_method: Annotated[int, Field(ge=0, le=3)] = 0
     emo_ref_path: str | None = None
@@ -512,7 +575,7 @@ def find_breaks(text: str) -> list[tuple[int, int]]:
 def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES) -> list[Utterance]:
     """Split text at its natural breaks: a short utterance first, then each up to twice as long as the one before."""
     reach = [0.0, *itertools.accumulate(map(syllables, text))]
-    utterances, marks, start, limit = [], find_breaks(text), 0, first
+    utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
     while start < len(text):
         marks = [mark for mark in marks if mark[0] > start]
         near, far = (bisect_right(reach, reach[start] + size) - 1 for size in (limit, full))
@@ -520,6 +583,18 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
         start, limit = end, min(full, limit * 2)
+    return utterances
+
+
+def split_to_fit(text: str, fits: Callable[[str], bool], full: float = FULL_SYLLABLES) -> list[Utterance]:
+    """Split text into utterances, and those that do not fit the engine again at half the length."""
+    utterances: list[Utterance] = []
+    for utterance in split_utterances(text, full=full):
+        if fits(utterance.text) or len(utterance.text) == 1:
+            utterances.append(utterance)
+            continue
+        *parts, last = split_to_fit(utterance.text, fits, min(full, sum(map(syllables, utterance.text))) / 2)
+        utterances += [*parts, Utterance(last.text, utterance.pause_s)]
     return utterances
 
 
@@ -723,36 +798,14 @@ def encode_whole(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) ->
 # === Engines ===
 
 
-class Cancellation:
-    """Says once that a request's work is no longer wanted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Stop what runs now and what would come."""
-        with self._lock:
-            self.cancelled = True
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-    def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call back when cancelled, at once if that was before."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
-
-
 @dataclass(frozen=True)
 class SynthesisOptions:
     """What shapes an utterance beside its text and voice."""
 
     speed: float = 1.0
+    seed: int | None = None
+    emotion: Emotion = Emotion()
+    reference: Reference | None = None  # speak like this, not like the voice
     cancellation: Cancellation = field(default_factory=Cancellation)
 
 
@@ -765,6 +818,7 @@ class Engine(Protocol):
     max_utterance_tokens: int
     can_clone: bool
     can_emote: bool
+    emotes_by_text: bool
     honours: frozenset[str]  # request fields that have an effect on this engine
     speed_range: tuple[float, float]  # speeds it speaks by itself, duration within a few per cent; beyond, stretch()
     slots: int  # utterances that it makes well at once
@@ -777,6 +831,15 @@ class Engine(Protocol):
 
     def can_speak(self, text: str) -> bool:
         """Tell whether there is anything in the text that this engine reads aloud."""
+
+    def fits(self, utterance: str) -> bool:
+        """Tell whether the engine takes an utterance of this length in one."""
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable | None:
+        """Return all that shapes the sound beside text and speed; None where it never sounds the same twice."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what /health shows of this engine beside the rest."""
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance; raise EngineFault."""
@@ -794,7 +857,7 @@ class EmbeddedEngine:
     name, model = "embedded", "kokoro-82m-int8"
     sample_rate = 24_000
     max_utterance_tokens = 508
-    can_clone = can_emote = False
+    can_clone = can_emote = emotes_by_text = False
     honours: frozenset[str] = frozenset()
     speed_range = (1.0, 1.0)  # the network rounds each sound to frames: at 0.8 or 1.25 it is up to 15 % off
     slots = 1
@@ -818,6 +881,18 @@ class EmbeddedEngine:
         """Tell whether the text holds Latin letters, digits, or Han characters with a reading."""
         return self._voice.can_speak(text)
 
+    def fits(self, utterance: str) -> bool:
+        """It cuts what is too long itself."""
+        return True
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable:
+        """Its styles and gains: it does not sample."""
+        return voice.embedded.model_dump_json()
+
+    def report(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance in the style that the voice has for its language."""
         language = self._voice.language(utterance)
@@ -833,53 +908,181 @@ class EmbeddedEngine:
         """Nothing outlives the worker."""
 
 
-ENGINES: dict[str, Callable[[Settings], Engine]] = {"embedded": EmbeddedEngine}
+TAKES = 2  # of an utterance that came back wrong, before it is refused
+LONGEST_S, LONGEST_S_PER_SYLLABLE = 3.0, 0.8  # a slow speaker takes 0.35 s; more than this is the model running away
+
+
+class VllmEngine:
+    """IndexTTS on vLLM, loaded once in this worker: what `omni` and `indextts` share."""
+
+    sample_rate = 22_050
+    can_clone = can_emote = True
+    slots = 8  # enough to keep the first stage busy while the last one works
+    honours = frozenset(ENGINE_OPTIONS)
+
+    def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any]):
+        self.name, self.model = name, model
+        self._settings, self._create = settings, create
+        self._owner = EngineLoop()
+        self._voice: VoiceModel | None = None
+        self._gpus: list[dict[str, Any]] = []
+
+    @property
+    def speed_range(self) -> tuple[float, float]:
+        """Speeds the model speaks by itself."""
+        return self._voice.speed_range if self._voice else (1.0, 1.0)
+
+    @property
+    def emotes_by_text(self) -> bool:
+        """Whether the model that reads an emotion out of words is there."""
+        return bool(self._voice and self._voice.emotes_by_text)
+
+    @property
+    def max_utterance_tokens(self) -> int:
+        """Text tokens of the longest utterance."""
+        return self._voice.max_utterance_tokens if self._voice else 0
+
+    def load(self) -> None:
+        """Build the engine inside its owner's loop."""
+        self._voice = self._owner.load(lambda: self._create(self._settings))
+        self._gpus = gpus()
+
+    def check(self, voice: Voice) -> None:
+        """Raise ValueError where a voice's reference audio is missing or unfit."""
+        load_reference(reference_file(voice))
+
+    def can_speak(self, text: str) -> bool:
+        """The model tries whatever has letters."""
+        return True
+
+    def fits(self, utterance: str) -> bool:
+        """Count the utterance's tokens: too many kill the engine."""
+        return self._voice.count_tokens(utterance) <= self._voice.max_utterance_tokens
+
+    def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
+        """Speak one utterance; what comes back wrong is taken once more with another seed. Raises SpeechError."""
+        reference = options.reference or load_reference(reference_file(voice))
+        for take in range(TAKES):
+            seed = None if options.seed is None else options.seed + take
+            spoken = self._speak(utterance, reference, options, seed)
+            if (fault := take_fault(spoken, self.sample_rate, utterance, options.speed)) is None:
+                return level(AudioChunk(spoken.samples, self.sample_rate), 0)
+            log.warning("take %d of an utterance of %d characters: %s", take + 1, len(utterance), fault)
+        quoted = printable(utterance, 60)
+        raise EngineFault(
+            f"The engine could not speak {quoted!r}: {fault}, {TAKES} times. Reword or split it.",
+            "input", "unspoken_sentence", quoted,
+        )  # fmt: skip
+
+    def _speak(self, utterance: str, reference: Reference, options: SynthesisOptions, seed: int | None) -> Spoken:
+        work = self._voice.speak(utterance, reference, emotion=options.emotion, speed=options.speed, seed=seed)
+        try:
+            return self._owner.run(work, self._settings.utterance_timeout_s, options.cancellation.on_cancel)
+        except EngineDead as error:
+            raise Unavailable(f"The engine died: {error}. Another one is being started.", code="engine_died") from None
+        except DeadlinePassed as error:
+            raise Unavailable(f"Too late: {error}.", code="timeout") from None
+        except GivenUp:
+            raise ClientGone from None
+
+    def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable | None:
+        """The seed, the reference audio and the emotion, where the model's sampling keeps to its seed."""
+        seed, emotion = options.seed, options.emotion
+        if seed is None or emotion.random or not self._voice.seeded:
+            return None
+        reference = options.reference or load_reference(reference_file(voice))
+        audio = emotion.audio and emotion.audio.digest
+        return seed, reference.digest, audio, emotion.weight, emotion.vector, emotion.text
+
+    def healthy(self) -> str | None:
+        """Return why the engine is dead, within a second of its death."""
+        return self._owner.ailment()
+
+    def report(self) -> dict[str, Any]:
+        """What of the GPU may be used, what the GPU has, and what the model tells."""
+        return {
+            "gpus": self._gpus,
+            "gpu_memory_utilization": self._settings.gpu_memory_utilization,
+            "qwenemo_gpu_memory_utilization": self._settings.qwenemo_gpu_memory_utilization,
+            "utterances": self._owner.in_flight,
+            "emotes_by_text": self.emotes_by_text,
+            **(self._voice.report() if self._voice else {}),
+        }
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self._owner.close()
+
+
+def reference_file(voice: Voice) -> Path:
+    """Return where a voice's reference audio is: as voices.json says, from this file's folder."""
+    return HERE / voice.reference_audio
+
+
+def take_fault(spoken: Spoken, sample_rate: int, text: str, speed: float) -> str | None:
+    """Return what is wrong with an utterance as the model made it, None where nothing is."""
+    samples, seconds = spoken.samples, len(spoken.samples) / sample_rate
+    longest = (LONGEST_S + LONGEST_S_PER_SYLLABLE * sum(map(syllables, text))) / speed
+    faults = {
+        "it came back empty": not samples.size,
+        "it ran into the length limit": spoken.truncated,
+        "it holds samples that are not numbers": not np.isfinite(samples).all(),
+        "it came back silent": not np.abs(samples).max(initial=0) > QUIET,
+        f"it lasts {seconds:.1f} s": seconds > longest,
+    }
+    return next((fault for fault, found in faults.items() if found), None)
+
+
+async def create_omni(settings: Settings) -> VoiceModel:
+    """Load IndexTTS-2 or 2.5 on vLLM-Omni."""
+    from omni_voice import OmniVoice
+
+    return await OmniVoice.create(
+        model=settings.model,
+        deploy_config=settings.omni_deploy_config,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+
+
+async def create_indextts(settings: Settings) -> VoiceModel:
+    """Load the IndexTTS2 class of an index-tts-vllm checkout."""
+    from indextts_voice import IndexTTSVoice
+
+    return await IndexTTSVoice.create(
+        checkout=settings.indextts_dir,
+        model_dir=settings.indextts_dir / settings.model_dir,
+        fp16=settings.fp16,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        qwenemo_gpu_memory_utilization=settings.qwenemo_gpu_memory_utilization,
+    )
+
+
+ENGINES: dict[str, Callable[[Settings], Engine]] = {
+    "omni": lambda s: VllmEngine("omni", s, Path(s.model).name, create_omni),
+    "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts),
+    "embedded": EmbeddedEngine,
+}
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
 
 
 def choose_engine(settings: Settings) -> Engine:
     """Return the engine asked for, or for `auto` the best one that this machine can run."""
-    return ENGINES["embedded" if settings.engine == "auto" else settings.engine](settings)
+    name = find_engine(settings) if settings.engine == "auto" else settings.engine
+    return ENGINES[name](settings)
+
+
+def find_engine(settings: Settings) -> str:
+    """Return omni or indextts where a GPU, the package and the weights are there, else embedded."""
+    checkout = settings.indextts_dir
+    if not any(device.exists() for device in GPU_DEVICES) or not importlib.util.find_spec("vllm"):
+        return "embedded"
+    if settings.model and importlib.util.find_spec("vllm_omni"):
+        return "omni"
+    needed = (checkout / "indextts" / "infer_vllm_v2.py", checkout / settings.model_dir / "config.yaml")
+    return "indextts" if all(path.is_file() for path in needed) else "embedded"
 
 
 # === The speech pipeline ===
-
-
-class Slots:
-    """The engine's slots, given per utterance, round robin between requests."""
-
-    def __init__(self, count: int):
-        self._ready = threading.Condition()
-        self._lines: deque[deque] = deque()  # one line a request with an utterance waiting; the next request first
-        for number in range(count):
-            threading.Thread(target=self._serve, name=f"slot-{number}", daemon=True).start()
-
-    def submit(self, line: deque, work: Callable[[], Any]) -> Future:
-        """Put work at the end of a request's line; the future answers once a slot has done it."""
-        future: Future = Future()
-        with self._ready:
-            line.append((future, work))
-            if len(line) == 1:
-                self._lines.append(line)
-            self._ready.notify()
-        return future
-
-    def _next(self) -> tuple[Future, Callable[[], Any]]:
-        with self._ready:
-            self._ready.wait_for(lambda: self._lines)
-            line = self._lines.popleft()
-            job = line.popleft()
-            if line:
-                self._lines.append(line)
-            return job
-
-    def _serve(self) -> None:
-        while True:
-            future, work = self._next()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except Exception as error:
-                    future.set_exception(error)
 
 
 @dataclass
@@ -891,8 +1094,11 @@ class Order:
     speed: float = 1.0
     sample_rate: int = PCM_RATE
     full_syllables: float = FULL_SYLLABLES
+    seed: int | None = None
+    emotion: Emotion = Emotion()
+    reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
-    cancellation: Cancellation = field(default_factory=Cancellation)
+    origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
 
@@ -905,9 +1111,17 @@ class Speech:
         self.voices = Voices.load(settings.voices_file)
         self.trouble: str | None = "loading"
         self.started = time.monotonic()
-        self._slots = Slots(settings.slots or engine.slots)
-        self._requests = 0
+        self.slots = settings.slots or engine.slots
+        self._jobs = Jobs(Slots(self.slots), settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
+        self._requests = self._characters = 0
         self._lock = threading.Lock()
+        self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
+        self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
+        self.metrics = Metrics()
+        self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
+        self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
+        self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
+        self.metrics.watch("speech_healthy", "1 when an utterance would be spoken", lambda: self.ailment() is None)
 
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
@@ -928,6 +1142,12 @@ class Speech:
         except Exception as error:
             self.trouble = f"engine {self.engine.name} did not load: {error}"
             log.exception("the engine did not load")
+            return
+        while (ailment := self.engine.healthy()) is None:
+            time.sleep(HEALTH_CHECK_S)
+        self.trouble = ailment
+        log.error("the engine died: %s", ailment)
+        self.on_death()
 
     def _check(self, voices: Voices) -> None:
         for voice in voices.voices:
@@ -957,43 +1177,56 @@ class Speech:
 
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
-        with self._admitted():
-            try:
-                for utterance, chunk, last in self._synthesized(order):
-                    spoken = resample(chunk, order.sample_rate)
-                    pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
-                    joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
-                    order.audio_s += joined.seconds
-                    yield joined
-            finally:
-                order.cancellation.cancel()
+        with self._admitted(len(order.text)):
+            for utterance, chunk, last in self._synthesized(order):
+                spoken = resample(chunk, order.sample_rate)
+                pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
+                joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
+                order.audio_s += joined.seconds
+                yield joined
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self, characters: int) -> Iterator[None]:
         if reason := self.ailment():
             raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
         with self._lock:
-            if self._requests >= self.settings.queue_requests:
+            full = self._requests >= self.settings.queue_requests
+            too_much = self._requests and self._characters + characters > self.settings.queue_characters
+            if full or too_much:
                 raise Busy(f"{self._requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
             self._requests += 1
+            self._characters += characters
         try:
             yield
         finally:
             with self._lock:
                 self._requests -= 1
+                self._characters -= characters
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
         waiting = deque(self._speakable(order))
         line: deque = deque()
-        pending: deque[tuple[Utterance, Future]] = deque()
-        while waiting or pending:
-            while waiting and len(pending) < LOOKAHEAD:
-                utterance = waiting.popleft()
-                pending.append((utterance, self._slots.submit(line, partial(self._synthesize, utterance, order))))
-            utterance, future = pending.popleft()
-            chunk = self._await(future, order)
-            yield utterance, chunk, not (waiting or pending)
+        pending: deque[tuple[Utterance, Claim]] = deque()
+        try:
+            while waiting or pending:
+                while waiting and len(pending) <= self.slots:
+                    utterance = waiting.popleft()
+                    pending.append((utterance, self._claim(utterance, order, line)))
+                utterance, claim = pending[0]
+                chunk = self._await(claim.future, order)
+                pending.popleft()
+                order.origins.append(claim.origin)
+                self.metrics.utterances.labels(claim.origin).inc()
+                yield utterance, chunk, not (waiting or pending)
+        finally:
+            for _, claim in pending:
+                claim.leave()
+
+    def _claim(self, utterance: Utterance, order: Order, line: deque) -> Claim:
+        sound = self.engine.sound_key(order.voice, self._options(order, Cancellation()))
+        key = None if sound is None else (utterance, order.speed, sound)
+        return self._jobs.claim(key, line, partial(self._synthesize, utterance, order, time.perf_counter()))
 
     def _speakable(self, order: Order) -> list[Utterance]:
         """Split the text; raise InvalidRequest where a sentence has letters of which the engine reads none."""
@@ -1003,19 +1236,28 @@ class Speech:
                     f"The {self.engine.name} engine cannot read {printable(sentence, 40)!r}: "
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
-        return split_utterances(order.text, full=order.full_syllables)
+        return split_to_fit(order.text, self.engine.fits, order.full_syllables)
 
-    def _synthesize(self, utterance: Utterance, order: Order) -> AudioChunk:
+    def _synthesize(
+        self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation
+    ) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
         if not any(map(str.isalnum, utterance.text)):
             return silence(utterance.pause_s / order.speed, self.engine.sample_rate)
         began = time.perf_counter()
+        self.metrics.slot_wait_s.observe(began - asked)
+        options = self._options(order, cancellation)
+        with self.metrics.busy_slots.track_inprogress():
+            chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
+        compute_s = time.perf_counter() - began
+        order.compute_s += compute_s
+        self.metrics.rtf.observe(compute_s / chunk.seconds)
+        return stretch(chunk, order.speed / options.speed)
+
+    def _options(self, order: Order, cancellation: Cancellation) -> SynthesisOptions:
         slowest, fastest = self.engine.speed_range
         native = min(max(order.speed, slowest), fastest)
-        options = SynthesisOptions(native, order.cancellation)
-        chunk = self.engine.synthesize(utterance.text, order.voice, options)
-        order.compute_s += time.perf_counter() - began
-        return stretch(trim(chunk), order.speed / native)
+        return SynthesisOptions(native, order.seed, order.emotion, order.reference, cancellation)
 
     def _await(self, future: Future, order: Order) -> AudioChunk:
         """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""
@@ -1033,6 +1275,15 @@ class Speech:
 # === App ===
 
 api = Blueprint("speech", __name__)
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+EXPOSED_HEADERS = [
+    "x-request-id", "X-Audio-Duration", "X-Sample-Rate", "X-Engine", "X-Voice", "X-Cache", "X-Ignored-Parameters",
+    "Retry-After",
+]  # fmt: skip
 
 
 def create_app(settings: Settings | None = None, engine: Engine | None = None) -> Flask:
@@ -1047,7 +1298,9 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     app.register_error_handler(HTTPException, tell_http_error)
     app.register_error_handler(ClientGone, lambda _: Response(status=499))
     app.register_error_handler(Exception, tell_fault)
-    app.wsgi_app = SingleSlashes(app.wsgi_app)
+    if settings.cors_origins:
+        flask_cors.CORS(app, origins=list(settings.cors_origins), expose_headers=EXPOSED_HEADERS, max_age=600)
+    app.wsgi_app = ForwardedAddress(SingleSlashes(app.wsgi_app), settings.trusted_proxies)
     return app
 
 
@@ -1073,8 +1326,14 @@ def begin() -> None:
     given = request.headers.get("X-Request-Id", "")
     g.request_id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req_{uuid.uuid4().hex}"
     g.began = time.perf_counter()
-    keys = speech().settings.api_keys
-    if keys and request.endpoint not in OPEN_ENDPOINTS and not any([same(key, sent_key()) for key in keys]):
+    environ = request.environ
+    environ["speech.path"] = quote(request.path, safe="/")[:200]  # for the log: no query, no line breaks
+    if request.endpoint in OPEN_ENDPOINTS or request.method == "OPTIONS":
+        return
+    service = speech()
+    if service.keys.needed and not service.keys.accept(sent_key()):
+        if service.wrong_keys.count(request.remote_addr or "-"):
+            raise TooManyWrongKeys(f"Too many wrong keys from your address; try again in {WRONG_KEYS_S} s.")
         raise InvalidKey("Give one of this server's API keys as 'Authorization: Bearer KEY'.")
 
 
@@ -1084,23 +1343,22 @@ def sent_key() -> str:
     return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
 
 
-def same(key: str, sent: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(key.encode(), sent.encode("utf-8", "surrogatepass"))
-
-
 @api.after_app_request
 def finish(response: Response) -> Response:
     """Put what every response carries on it."""
+    response.headers.update(SECURITY_HEADERS)
     response.headers["x-request-id"] = g.request_id
     response.headers["openai-processing-ms"] = str(round((time.perf_counter() - g.began) * 1000))
+    route = request.url_rule.rule if request.url_rule else "unknown"
+    spoken = g.get("spoken", ("", ""))
+    speech().metrics.requests.labels(route, response.status_code, *spoken).inc()
     return response
 
 
 def tell_speech_error(error: SpeechError) -> Response:
     """Answer with OpenAI's envelope, or on the native route in IndexTTS's shape."""
     if error.status >= 500:
-        log.warning("%s %s: %s", g.request_id, error.status, error.message)
+        log.warning("%s %s: %s", g.request_id, error.status, error.logged())
     body = {"status": "error", "error": error.message} if request.path == "/tts_url" else envelope(error)
     response = jsonify(body)
     response.status_code = error.status
@@ -1144,7 +1402,9 @@ def create_speech() -> Response:
     body: SpeechRequest = parse(SpeechRequest, read_json())
     voice = speech().voices.resolve(body.voice)
     rate = choose_rate(FORMATS[body.response_format], body.sample_rate, speech().engine.sample_rate)
-    order = Order(body.input, voice, body.speed, rate, is_gone=watch_client())
+    order = Order(
+        body.input, voice, body.speed, rate, seed=body.seed, emotion=asked_emotion(body), is_gone=watch_client()
+    )
     return answer(order, body.response_format, body.ignored(speech().engine.honours), body.stream, body.stream_format)
 
 
@@ -1152,10 +1412,13 @@ def create_speech() -> Response:
 def create_native_speech() -> Response:
     """IndexTTS's native call."""
     body: NativeRequest = parse(NativeRequest, read_json())
-    voice = resolve_reference(body.spk_audio_path)
+    voice, reference = resolve_speaker(body.spk_audio_path)
     full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
     rate = speech().engine.sample_rate
-    order = Order(body.text, voice, 1.0, rate, full, is_gone=watch_client())
+    order = Order(
+        body.text, voice, 1.0, rate, full,
+        emotion=asked_native_emotion(body), reference=reference, is_gone=watch_client(),
+    )  # fmt: skip
     return answer(order, "wav", body.ignored(speech().engine.honours))
 
 
@@ -1183,6 +1446,19 @@ def list_audio_models() -> Response:
     return jsonify(models=[{"id": name, "name": name} for name in (*OPENAI_MODELS, speech().engine.model)])
 
 
+@api.get("/openapi.json")
+def describe_api() -> Response:
+    """The OpenAPI description."""
+    audio = [fmt.content_type for fmt in FORMATS.values()]
+    return jsonify(describe("Speech server", RELEASE, SpeechRequest, NativeRequest, audio))
+
+
+@api.get("/metrics")
+def metrics() -> Response:
+    """The figures, for Prometheus."""
+    return Response(speech().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 @api.get("/health")
 def health() -> tuple[Response, int]:
     """200 when an utterance would be spoken, else 503 and why."""
@@ -1200,18 +1476,86 @@ def health() -> tuple[Response, int]:
         "voices": len(service.voices.voices),
         "requests": service.requests,
         "uptime_s": round(time.monotonic() - service.started, 1),
+        **service.engine.report(),
     }
     return jsonify(report), 200 if ailment is None else 503
 
 
-def resolve_reference(path: str) -> Voice:
-    """Return the voice of a reference audio's path; raise InvalidRequest where the engine would have to clone."""
+def resolve_speaker(path: str) -> tuple[Voice, Reference | None]:
+    """Return the voice whose reference audio a path names, or the file to clone; raise InvalidRequest."""
+    voice = speech().voices.of_reference(path)
+    reference = read_reference(path, "spk_audio_path") if speech().engine.can_clone else None
+    if voice and (reference is None or reference.digest == load_reference(reference_file(voice)).digest):
+        return voice, None
+    if reference:
+        return speech().voices.resolve(None), reference
+    raise no_reference(path, "spk_audio_path")
+
+
+def resolve_emotion_audio(path: str, param: str) -> Reference:
+    """Return the reference audio that a path names, a voice's own included; raise InvalidRequest."""
+    if reference := read_reference(path, param):
+        return reference
     if voice := speech().voices.of_reference(path):
-        return voice
+        return load_reference(reference_file(voice))
+    raise no_reference(path, param)
+
+
+def read_reference(path: str, param: str) -> Reference | None:
+    """Return a file below TTS_REFERENCE_DIRS, None where it is not there; raise InvalidRequest for one unfit."""
+    settings = speech().settings
+    try:
+        found = find_reference(path, settings.reference_dirs, settings.max_reference_bytes)
+        return load_reference(found) if found else None
+    except BadReference as error:
+        raise InvalidRequest(f"'{param}': {error}.", param, "bad_reference_audio") from None
+
+
+def no_reference(path: str, param: str) -> InvalidRequest:
+    """Say that there is no such reference audio, and what there is."""
     known = ", ".join(Path(voice.reference_audio).name for voice in speech().voices.voices)
+    engine, named = speech().engine, printable(path, 120)
+    if engine.can_clone:
+        told = f"'{param}': there is no {named!r} below this server's reference folders (TTS_REFERENCE_DIRS); "
+        return InvalidRequest(f"{told}the voices are {known}.", param, "reference_not_found")
+    told = f"'{param}': the {engine.name} engine cannot clone {named!r}; it speaks in the voices of {known}."
+    return InvalidRequest(told, param, "cannot_clone")
+
+
+def asked_emotion(body: SpeechRequest) -> Emotion:
+    """Return the emotion that a speech request asks for in one of three ways; raise InvalidRequest for two at once."""
+    if not speech().engine.can_emote:
+        return Emotion()
+    given = [name for name in ("emotion_vector", "emotion_audio", "instructions") if getattr(body, name)]
+    if len(given) > 1:
+        raise InvalidRequest(f"Give only one of {' and '.join(given)}.", given[1])
+    if body.emotion_vector:
+        return Emotion(vector=tuple(body.emotion_vector))
+    if body.emotion_audio:
+        return Emotion(audio=resolve_emotion_audio(body.emotion_audio, "emotion_audio"))
+    return Emotion(text=emotion_text(body.instructions, "instructions") if body.instructions else None)
+
+
+def asked_native_emotion(body: NativeRequest) -> Emotion:
+    """Return the emotion of IndexTTS's four methods: the speaker's own, another audio's, a vector, a text."""
+    if not speech().engine.can_emote or body.emo_control_method == 0:
+        return Emotion()
+    if body.emo_control_method == 2:
+        return Emotion(vector=tuple(body.emo_vec), random=body.emo_random)
+    if body.emo_control_method == 3:
+        return Emotion(text=emotion_text(body.emo_text or body.text, "emo_text"), random=body.emo_random)
+    if not body.emo_ref_path:
+        raise InvalidRequest("'emo_ref_path': method 1 needs the path of an emotion's audio.", "emo_ref_path")
+    return Emotion(resolve_emotion_audio(body.emo_ref_path, "emo_ref_path"), body.emo_weight)
+
+
+def emotion_text(text: str, param: str) -> str:
+    """Return the text; raise InvalidRequest where the model that reads emotions out of words is not there."""
+    if speech().engine.emotes_by_text:
+        return text
     raise InvalidRequest(
-        f"'spk_audio_path': the {speech().engine.name} engine cannot clone {printable(path, 120)!r}; "
-        f"it speaks in the voices of {known}.", "spk_audio_path", "cannot_clone",
+        f"'{param}': this server's model has no emotion-text model (qwen0.6bemo4-merge); "
+        "give an emotion as a vector or as audio.", param, "no_emotion_text",
     )  # fmt: skip
 
 
@@ -1220,6 +1564,7 @@ def answer(
 ) -> Response:
     """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
     fmt = FORMATS[format_name]
+    g.spoken = (order.voice.id, format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
     encode = encode_whole if whole else encode_stream
@@ -1237,7 +1582,8 @@ def answer(
     response.call_on_close(parts.close)
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
-    response.headers["X-Voice"] = order.voice.id
+    response.headers["X-Cache"] = "hit" if set(order.origins) == {"hit"} else "miss"
+    response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
         response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
     return response
@@ -1245,16 +1591,26 @@ def answer(
 
 def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
     """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
-    request_id = g.request_id
+    request_id, metrics, began, speech_settings = g.request_id, speech().metrics, g.began, speech().settings
     try:
+        yield next(parts)
+        metrics.first_audio_s.observe(time.perf_counter() - began)
         yield from parts
-    except (SpeechError, ClientGone, GeneratorExit):
+    except (ClientGone, GeneratorExit):
+        raise
+    except SpeechError as error:
+        metrics.errors.labels(error.code or "unknown").inc()
         raise
     except Exception:
+        metrics.errors.labels("fault").inc()
         log.exception("%s failed after %.1f s of audio", request_id, order.audio_s)
         raise
     finally:
+        metrics.audio_s.inc(order.audio_s)
         environ["speech.voice"] = order.voice.id
+        environ["speech.characters"] = len(order.text)
+        if shown := speech_settings.log_text_characters:
+            environ["speech.text"] = printable(order.text, shown)
         environ["speech.audio_s"] = f"{order.audio_s:.2f}"
         environ["speech.rtf"] = f"{order.compute_s / order.audio_s:.3f}" if order.audio_s else "-"
 

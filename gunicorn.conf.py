@@ -3,16 +3,27 @@
 TERM lets running requests finish; HUP makes the worker read voices.json again, without touching the engine.
 """
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from app import RESERVE_THREADS, Settings
+from vllm_engine import children, descendants
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+LEAVE_S = 5  # for running requests to be told, after their engine died
+HEADERS_TIMEOUT_S = 15  # for a request's headers
+reading_headers = {}  # by thread: the socket, and until when
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 settings = Settings.from_env()
@@ -31,22 +42,69 @@ graceful_timeout = settings.drain_timeout_s
 control_socket_disable = True  # it would write into the home folder
 accesslog = "-"
 access_log_format = (
-    '%(h)s "%(r)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s'
-    " voice=%({speech.voice}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s"
+    '%(h)s "%(m)s %({speech.path}e)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s voice=%({speech.voice}e)s'
+    " characters=%({speech.characters}e)s audio_s=%({speech.audio_s}e)s rtf=%({speech.rtf}e)s text=%({speech.text}e)s"
 )
 
 
 def when_ready(server):
-    """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first."""
+    """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first.
+
+    What a killed worker leaves behind becomes this process's child, so that end_orphans finds it.
+    """
     server.reload = lambda: [os.kill(pid, signal.SIGHUP) for pid in server.WORKERS]
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def child_exit(server, worker):
+    """End the engine processes that a worker left behind, with the GPU memory they hold."""
+    orphans = [each for pid in children(os.getpid()) if pid not in server.WORKERS for each in (pid, *descendants(pid))]
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def post_worker_init(worker):
     """Load the engine in the background, now that the worker is forked and its routes answer."""
     service = worker.wsgi.extensions["speech"]
     worker.set_accept_enabled = partial(accept, worker, worker.set_accept_enabled)
+    worker.handle = partial(handle, worker.handle)
+    threading.Thread(target=end_slow_headers, name="slow-headers", daemon=True).start()
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
+    service.on_death = leave
     service.start()
+
+
+def handle(gunicorn_handle, conn):
+    """Serve a connection's next request; end_slow_headers ends it while its headers are still coming."""
+    thread = threading.get_ident()
+    reading_headers[thread] = (conn.sock, time.monotonic() + HEADERS_TIMEOUT_S)
+    try:
+        return gunicorn_handle(conn)
+    finally:
+        reading_headers.pop(thread, None)
+
+
+def pre_request(worker, req):
+    """The headers are there."""
+    reading_headers.pop(threading.get_ident(), None)
+
+
+def end_slow_headers():
+    """Hang up on clients that hold a thread with half a request: gunicorn alone would wait for ever."""
+    while True:
+        time.sleep(1)
+        for client, deadline in list(reading_headers.values()):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+
+
+def leave():
+    """End a worker whose engine died, once its running requests are answered; gunicorn starts another."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LEAVE_S)
+    os._exit(1)
 
 
 def accept(worker, set_accept_enabled, enabled):

@@ -96,4 +96,5 @@ def own_server() -> Server:
     """Return this repository's server, not started yet."""
     port = free_port()
     argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "app:create_app()"]
-    return Server(argv, port, {"HOST": "127.0.0.1", "PORT": str(port)})
+    # Every request is to be made: the races send one text again and again.
+    return Server(argv, port, {"HOST": "127.0.0.1", "PORT": str(port), "TTS_CACHE_BYTES": "0"})

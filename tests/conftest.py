@@ -12,7 +12,7 @@ class ScriptedEngine:
 
     name, model, sample_rate = "scripted", "scripted-1", 24_000
     max_utterance_tokens = 508
-    can_clone = can_emote = False
+    can_clone = can_emote = emotes_by_text = False
     honours = frozenset({"seed"})
     speed_range = (1.0, 1.0)
     slots = 1
@@ -29,6 +29,18 @@ class ScriptedEngine:
     def can_speak(self, text):
         """Anything but kana."""
         return not any("\u3040" <= c <= "\u30ff" for c in text)
+
+    def fits(self, utterance):
+        """Any length will do."""
+        return True
+
+    def sound_key(self, voice, options):
+        """Seeded requests repeat, others do not."""
+        return options.seed if options.seed is None else (options.seed, voice.id)
+
+    def report(self):
+        """Nothing more."""
+        return {}
 
     def synthesize(self, utterance, voice, options):
         """Half a second of noise, after whatever the test's script does or returns."""

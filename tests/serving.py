@@ -30,10 +30,10 @@ class Server:
 
     repository = REPOSITORY
 
-    def __init__(self, log: Path, **environment: str):
+    def __init__(self, log: Path, app: str = "app:create_app()", **environment: str):
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "app:create_app()"]
+        command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=log.open("wb"), stderr=subprocess.STDOUT,
             env={**os.environ, "HOST": "127.0.0.1", "PORT": str(self.port), **environment},

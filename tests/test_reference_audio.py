@@ -1,0 +1,119 @@
+"""Reference audio: which files a name may mean, and what of them can be cloned."""
+
+import os
+
+import numpy as np
+import pytest
+import soundfile
+
+from app import HERE
+from reference_audio import BadReference, find_reference, load_reference
+
+LIMIT = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A reference folder with one good file in it, and a secret beside the folder."""
+    folder = tmp_path / "refs"
+    folder.mkdir()
+    write(folder / "me.wav", speech_like(3))
+    write(tmp_path / "secret.wav", speech_like(3))
+    return folder
+
+
+def speech_like(seconds, rate=24_000):
+    """Noise at speech level."""
+    return np.random.default_rng(1).uniform(-0.3, 0.3, round(seconds * rate)).astype(np.float32)
+
+
+def write(path, samples, rate=24_000):
+    """Write a WAV and return its path."""
+    soundfile.write(path, samples, rate)
+    return path
+
+
+@pytest.mark.parametrize("name", ["me.wav", "./me.wav", "sub/../me.wav"])
+def test_a_name_below_the_folder_is_found(folder, name):
+    assert find_reference(name, (folder,), LIMIT) == folder / "me.wav"
+
+
+def test_an_absolute_path_into_the_folder_is_found(folder):
+    assert find_reference(str(folder / "me.wav"), (folder,), LIMIT) == folder / "me.wav"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.wav", "/etc/passwd", "", ".", "nothing.wav", "me.wav\0", "a" * 5000, "/" * 5000, "~/me.wav", "me.wav/"],
+)
+def test_other_names_are_not_found(folder, name):
+    assert find_reference(name, (folder,), LIMIT) in (None, folder / "me.wav" if name == "me.wav/" else None)
+
+
+def test_a_link_is_refused_wherever_it_stands(folder, tmp_path):
+    (folder / "link.wav").symlink_to(tmp_path / "secret.wav")
+    (folder / "up").symlink_to(tmp_path)
+    for name in ("link.wav", "up/secret.wav"):
+        with pytest.raises(BadReference, match="links"):
+            find_reference(name, (folder,), LIMIT)
+
+
+def test_folders_fifos_and_devices_are_refused(folder):
+    (folder / "sub").mkdir()
+    os.mkfifo(folder / "fifo.wav")
+    for name in ("sub", "fifo.wav"):
+        with pytest.raises(BadReference, match="plain file"):
+            find_reference(name, (folder,), LIMIT)
+
+
+def test_a_file_over_the_limit_is_refused_with_the_settings_name(folder):
+    with pytest.raises(BadReference, match="TTS_MAX_REFERENCE_BYTES"):
+        find_reference("me.wav", (folder,), 1024)
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_each_voices_reference_audio_can_be_cloned(number):
+    reference = load_reference(HERE / "examples" / f"voice_{number:02}.wav")
+    assert reference.sample_rate == 24_000 and 6 <= len(reference.samples) / 24_000 <= 9
+
+
+def test_stereo_becomes_mono_at_its_own_rate(tmp_path):
+    left = speech_like(2, 44_100)
+    reference = load_reference(write(tmp_path / "stereo.flac", np.stack([left, left], axis=1), 44_100))
+    assert reference.sample_rate == 44_100
+    assert np.abs(reference.samples - left).max() < 0.01
+
+
+def test_the_digest_follows_the_sound_and_not_the_name(tmp_path):
+    one, same = (load_reference(write(tmp_path / name, speech_like(2))) for name in ("a.wav", "b.wav"))
+    other = load_reference(write(tmp_path / "c.wav", speech_like(2.1)))
+    assert one.digest == same.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        (speech_like(0.5), "0.50 s"),
+        (speech_like(31), "over 30 s"),
+        (np.zeros(48_000, np.float32), "silent"),
+        (speech_like(2)[:0], "0.00 s"),
+        (np.stack([speech_like(2)] * 12, axis=1), "12 channels"),
+    ],
+)
+def test_what_cannot_be_cloned_is_refused_with_the_reason(tmp_path, samples, told):
+    with pytest.raises(BadReference, match=told):
+        load_reference(write(tmp_path / "a.wav", samples))
+
+
+@pytest.mark.parametrize("data", [b"", b"<html></html>", b"PK\3\4" * 100, b"RIFF\xff\xff\xff\xffWAVEfmt "])
+def test_what_is_no_audio_is_refused(tmp_path, data):
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(BadReference, match="not audio"):
+        load_reference(tmp_path / "a.wav")
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "a.wav", speech_like(2))
+    first = load_reference(path)
+    write(path, speech_like(3))
+    assert load_reference(path).digest != first.digest

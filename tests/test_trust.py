@@ -1,0 +1,291 @@
+"""Load, leaving and slow clients, faults: the real gunicorn around an engine of scripted speed."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from scripted import number_of
+from serving import REPOSITORY, Server, decode
+
+SPEECH = "/v1/audio/speech"
+PATHS = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+REFUSALS = {429: "queue_full", 503: "timeout"}
+
+
+def scripted_server(log, delay_s, **environment):
+    """A real server whose engine takes `delay_s` for an utterance."""
+    return Server(log, "scripted:create_app()", PYTHONPATH=PATHS, SCRIPT_DELAY_S=str(delay_s), **environment)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that makes eight utterances in 50 ms."""
+    with scripted_server(tmp_path_factory.mktemp("trust") / "log", 0.05) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def slow_server(tmp_path):
+    """A server that takes a second for an utterance and makes one at once."""
+    with scripted_server(tmp_path / "log", 1, TTS_SLOTS="1") as running:
+        running.wait_until_ready()
+        yield running
+
+
+def report_of(server):
+    """What /health tells."""
+    return json.loads(server.get("/health")[2])
+
+
+def wait_for_requests(server, count, deadline_s=5):
+    """Wait until so many requests are under way; return the seconds that took."""
+    began = time.monotonic()
+    while (found := report_of(server)["requests"]) != count:
+        assert time.monotonic() - began < deadline_s, f"{found} requests are under way"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def worker_of(server):
+    """The worker's process id."""
+    with open(f"/proc/{server.process.pid}/task/{server.process.pid}/children") as children:
+        return int(children.read().split()[0])
+
+
+def descriptors(server):
+    """How many files the worker has open."""
+    return len(os.listdir(f"/proc/{worker_of(server)}/fd"))
+
+
+def resident_mb(server):
+    """The worker's resident memory."""
+    with open(f"/proc/{worker_of(server)}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1000
+
+
+def connect(server, data=b""):
+    """A bare connection with some bytes sent."""
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    client.sendall(data)
+    return client
+
+
+def raw_speech(text="Hello.", **fields):
+    """A speech request's bytes."""
+    body = json.dumps({"model": "m", "input": text, **fields}).encode()
+    head = f"POST {SPEECH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class TestLoad:
+    """Two hundred clients at once."""
+
+    SECONDS = float(os.environ.get("LOAD_S", 8))
+    CLIENTS = 200
+
+    def ask(self, server, number, until, answers):
+        """One client: ask again and again for one's own number; note the status and whether the sound is one's own."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        text = f"Number {number}." * (1 + number % 3)
+        body = json.dumps({"model": "m", "input": text, "response_format": "wav" if number % 2 else "flac"})
+        while time.monotonic() < until:
+            connection.request("POST", SPEECH, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            data = response.read()
+            if response.status == 200:
+                samples, rate = decode(data)
+                answers["right" if number_of(samples) == number and len(samples) > 0.4 * rate else "wrong"] += 1
+            else:
+                known = json.loads(data)["error"]["code"] == REFUSALS.get(response.status)
+                answers["refused" if known and response.headers["Retry-After"] else f"odd {response.status}"] += 1
+                time.sleep(0.2)
+        connection.close()
+
+    def test_everyone_gets_their_own_audio_or_a_documented_refusal(self, server):
+        before = descriptors(server), resident_mb(server)
+        answers, health_s, until = Counter(), [], time.monotonic() + self.SECONDS
+        with ThreadPoolExecutor(self.CLIENTS) as clients:
+            asked = [clients.submit(self.ask, server, number, until, answers) for number in range(self.CLIENTS)]
+            while time.monotonic() < until:
+                began = time.monotonic()
+                assert server.get("/health")[0] == 200
+                health_s.append(time.monotonic() - began)
+                time.sleep(0.05)
+            for client in asked:
+                client.result()
+        print(answers, f"health: median {sorted(health_s)[len(health_s) // 2]:.3f} s, most {max(health_s):.3f} s")
+        assert set(answers) <= {"right", "refused"} and answers["right"] > 100
+        wait_for_requests(server, 0)
+        assert descriptors(server) <= before[0] + 2
+        print(f"memory {before[1]:.0f} -> {resident_mb(server):.0f} MB")
+        assert "Traceback" not in server.log.read_text()
+
+    def test_the_dubbing_worker_is_never_refused_beside_a_crowd(self, slow_server):
+        crowd = [connect(slow_server, raw_speech(f"Number {n}.")) for n in range(100)]
+        with ThreadPoolExecutor(4) as clients:
+            asked = [clients.submit(slow_server.get, "/health") for _ in range(4)]
+            assert {future.result()[0] for future in asked} == {200}
+        worker = [connect(slow_server, raw_speech(f"Number {n}.")) for n in range(200, 204)]
+        wait_for_requests(slow_server, 104)
+        for client in [*crowd, *worker]:
+            client.close()
+        wait_for_requests(slow_server, 0)
+
+
+class TestQueue:
+    """The queue's bounds and its fairness."""
+
+    def test_it_is_bounded_in_requests(self, tmp_path):
+        with scripted_server(tmp_path / "log", 2, TTS_QUEUE_REQUESTS="3") as own:
+            own.wait_until_ready()
+            waiting = [connect(own, raw_speech()) for _ in range(3)]
+            wait_for_requests(own, 3)
+            status, headers, body = own.post(SPEECH, {"model": "m", "input": "Hi."})
+            assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full") and headers["retry-after"]
+            for client in waiting:
+                client.close()
+
+    def test_it_is_bounded_in_characters_but_one_request_always_fits(self, tmp_path):
+        with scripted_server(tmp_path / "log", 1, TTS_QUEUE_CHARACTERS="50") as own:
+            own.wait_until_ready()
+            waiting = connect(own, raw_speech("Number 7 is a text of over fifty characters, all by itself."))
+            wait_for_requests(own, 1)
+            assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 429
+            waiting.close()
+
+    def test_a_waiter_past_its_deadline_is_503(self, tmp_path):
+        with scripted_server(tmp_path / "log", 2, TTS_SLOTS="1", TTS_UTTERANCE_TIMEOUT_S="3") as own:
+            own.wait_until_ready()
+            with ThreadPoolExecutor(3) as clients:
+                asked = [clients.submit(own.post, SPEECH, {"model": "m", "input": "Hi."}) for _ in range(3)]
+                statuses = sorted(future.result()[0] for future in asked)
+        assert statuses == [200, 503, 503] or statuses == [200, 200, 503]
+
+    def test_a_short_text_does_not_wait_for_a_long_one(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0.5, TTS_SLOTS="1") as own:
+            own.wait_until_ready()
+            long = connect(own, raw_speech("This sentence is number 8. " * 40))
+            wait_for_requests(own, 1)
+            began = time.monotonic()
+            assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 200
+            assert time.monotonic() - began < 3 * 0.5 + 1
+            long.close()
+
+
+class TestLeaving:
+    """Connections cut at each moment."""
+
+    @pytest.mark.parametrize("moment", ["headers", "body", "queue", "first byte", "middle"])
+    def test_a_cut_connection_frees_its_place_within_a_second_and_is_no_error(self, slow_server, moment):
+        speech = raw_speech("This sentence is number 8. " * 9, response_format="pcm")
+        if moment == "headers":
+            client = connect(slow_server, speech[:40])
+        elif moment == "body":
+            client = connect(slow_server, speech[:-10])
+        else:
+            first = connect(slow_server, raw_speech()) if moment == "queue" else None
+            client = connect(slow_server, speech)
+            wait_for_requests(slow_server, 2 if first else 1)
+            if moment == "middle":
+                client.recv(1000)
+            if first:
+                first.close()
+        time.sleep(0.3)
+        client.close()
+        assert wait_for_requests(slow_server, 0) < 1.2
+        time.sleep(0.3)
+        log = slow_server.log.read_text()
+        assert "Traceback" not in log and "ERROR" not in log
+
+
+class TestSlowClients:
+    """A hundred of each kind beside one quick client."""
+
+    def quick(self, server):
+        """How long a quick client waits for a short text, in seconds."""
+        began = time.monotonic()
+        assert server.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 200
+        return time.monotonic() - began
+
+    @pytest.mark.parametrize("kind", ["headers", "body", "reader"])
+    def test_a_hundred_slow_clients_stop_nobody(self, server, kind):
+        text = "This sentence is number 8. " * 150
+        whole = raw_speech(text, response_format="pcm")
+        sent = {"headers": whole[:30], "body": whole[:-5], "reader": whole}[kind]
+        slow = [connect(server, sent) for _ in range(100)]
+        try:
+            time.sleep(1)
+            assert self.quick(server) < 5
+            began = time.monotonic()
+            assert server.get("/health")[0] == 200
+            assert time.monotonic() - began < 1
+        finally:
+            for client in slow:
+                client.close()
+        wait_for_requests(server, 0, 20)
+        assert "Traceback" not in server.log.read_text()
+
+    def test_half_sent_headers_are_hung_up_on(self, server):
+        client = connect(server, b"POST /v1/audio/speech HTTP/1.1\r\nHost")
+        client.settimeout(25)
+        began = time.monotonic()
+        assert client.recv(100) == b""
+        assert 10 < time.monotonic() - began < 20
+
+
+class TestFaults:
+    """What a worker's end and the signals do under load."""
+
+    def test_a_killed_worker_costs_only_what_it_was_speaking(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0.2) as own:
+            own.wait_until_ready()
+            running = connect(own, raw_speech("This sentence is number 8. " * 20))
+            wait_for_requests(own, 1)
+            os.kill(worker_of(own), signal.SIGKILL)
+            assert running.recv(100) == b""
+            own.wait_until_ready()
+            assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 200
+
+    def test_term_under_load_loses_no_accepted_request(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0.3, TTS_SLOTS="1") as own:
+            own.wait_until_ready()
+            with ThreadPoolExecutor(8) as clients:
+                texts = [f"Number {number}." for number in range(8)]
+                asked = [clients.submit(own.post, SPEECH, {"model": "m", "input": text}) for text in texts]
+                wait_for_requests(own, 8)
+                own.process.send_signal(signal.SIGTERM)
+                answers = [future.result() for future in asked]
+            assert [status for status, *_ in answers] == [200] * 8
+            assert [number_of(decode(body)[0]) for *_, body in answers] == list(range(8))
+            assert own.process.wait(10) == 0
+
+    def test_hup_under_load_loses_nothing(self, server):
+        with ThreadPoolExecutor(8) as clients:
+            texts = [f"Number {number}." for number in range(40)]
+            asked = [clients.submit(server.post, SPEECH, {"model": "m", "input": text}) for text in texts]
+            for _ in range(5):
+                server.process.send_signal(signal.SIGHUP)
+                time.sleep(0.05)
+            assert [future.result()[0] for future in asked] == [200] * 40
+
+    def test_a_stepping_clock_changes_nothing(self, client, engine, monkeypatch):
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() - 1e6)
+        engine.script = lambda text, options: monkeypatch.setattr(time, "time", lambda: real() + 1e6)
+        response = client.post(SPEECH, json={"model": "m", "input": "Hello."})
+        assert response.status_code == 200 and 0 <= int(response.headers["openai-processing-ms"]) < 60_000
+
+
+def test_no_thread_is_left_behind(server):
+    """After all the tests above, the worker has no more threads than its pool and its own few."""
+    with open(f"/proc/{worker_of(server)}/status") as status:
+        threads = next(int(line.split()[1]) for line in status if line.startswith("Threads"))
+    assert threads <= 128 + 128 + 40 and threading.active_count() < 50
