@@ -44,8 +44,10 @@ readonly EXIT_UNHEALTHY=1 EXIT_USAGE=2 EXIT_UNCHANGED=3 EXIT_ROLLED_BACK=4 EXIT_
 # The release. Of these, reference audio is installed where it is missing and never overwritten; requirements are
 # read where they are, as an index-tts-vllm folder has its own; scripts are installed and not rolled back.
 readonly RELEASE_FILES=(
-  app.py voices.json gunicorn.conf.py embedded_voice.py embedded_g2p.py embedded_graph.py assets
-  examples requirements.txt requirements-build.txt
+  app.py gunicorn.conf.py voices.json assets
+  access.py metrics.py openapi.py reference_audio.py scheduling.py
+  embedded_voice.py embedded_g2p.py embedded_graph.py vllm_engine.py
+  examples requirements.txt requirements-gpu.txt requirements-build.txt
   deploy_openai_api.sh test_openai_api.sh remote_check.sh
 )
 readonly NOT_REPLACED='^(examples/|requirements|[^/]*\.sh$)'

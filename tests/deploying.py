@@ -179,7 +179,7 @@ class Box:
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
             "PATH": os.environ["PATH"], "HOME": str(app_dir.parent), "APP_DIR": str(app_dir), "HOST": "127.0.0.1",
-            "PORT": str(self.port), "PYTHON": sys.executable, "HEALTH_TIMEOUT_S": "20", "TTS_ENGINE": "embedded",
+            "PORT": str(self.port), "PYTHON": sys.executable, "HEALTH_TIMEOUT_S": "40", "TTS_ENGINE": "embedded",
             **environment,
         }  # fmt: skip
         self.older: subprocess.Popen | None = None
@@ -202,7 +202,7 @@ class Box:
     def run(self, *arguments: str, source: Path = REPOSITORY, **environment: str) -> tuple[int, str]:
         """Run the script of a release; return its exit status and all that it said."""
         running = self.start(*arguments, source=source, **environment)
-        said, _ = running.communicate(timeout=120)
+        said, _ = running.communicate(timeout=300)
         return running.returncode, said
 
     def start_older_server(self, *arguments: str) -> None:

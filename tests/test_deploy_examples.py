@@ -207,7 +207,7 @@ def test_deploy_goes_through_the_unit(tmp_path):
         status, said = box.run(source=make_release(tmp_path / "a"))
         assert status == 0, said
         assert box.release() in said
-        status, said = box.run(source=make_release(tmp_path / "silent", "silence"), HEALTH_TIMEOUT_S="4")
+        status, said = box.run(source=make_release(tmp_path / "silent", "silence"), HEALTH_TIMEOUT_S="10")
         assert status == 4 and box.release(), said
         asked = re.sub(r"is-active.*\n", "", (tools / "asked").read_text())
         assert asked.split("\n")[:2] == ["start indextts-openai", "stop --no-block indextts-openai"]
