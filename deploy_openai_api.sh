@@ -29,7 +29,7 @@
 #   HEALTH_TIMEOUT_S   300, for a server to load and to speak
 #   STOP_TIMEOUT_S     30, for running requests to finish before the server is killed
 #   KEEP_BACKUPS       5; the very first one is always kept
-#   REQUIREMENTS       the packages; default: requirements-gpu.txt where there is a GPU, else requirements.txt
+#   REQUIREMENTS       the packages; default: requirements-gpu.txt for an engine on a GPU, else requirements.txt
 #   SSH_COMMAND        ssh; for instance "ssh -i KEYFILE"
 #
 # Once begun, it goes on when the connection breaks; Ctrl-C puts the previous release back.
@@ -109,12 +109,11 @@ load_config() {
   APP_DIR=$(realpath -m -- "$APP_DIR")
   PIDFILE=$APP_DIR/run/server.pid UNFINISHED=$APP_DIR/run/unfinished STAGED=$APP_DIR/run/staged
   SERVER_LOG=$APP_DIR/logs/server.log
-  if [[ -f $APP_DIR/server.env ]]; then take_settings "$REMEMBERED" <"$APP_DIR/server.env"; fi
+  take_installed_settings
   export PORT=${PORT:-6006}
   HEALTH_TIMEOUT_S=${HEALTH_TIMEOUT_S:-300} STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-30} KEEP_BACKUPS=${KEEP_BACKUPS:-5}
   check_numbers PORT HEALTH_TIMEOUT_S STOP_TIMEOUT_S KEEP_BACKUPS
   load_environment
-  BASE_URL=http://$(address):$PORT
 }
 
 check_numbers() {
@@ -125,13 +124,13 @@ check_numbers() {
   ((PORT < 65536)) || die "$EXIT_USAGE" "PORT must be below 65536, not $PORT"
 }
 
-# The address to reach a server at that listens on HOST.
-address() {
+# Where to reach a server that listens on HOST.
+base_url() {
   case $HOST in
-    0.0.0.0) echo 127.0.0.1 ;;
-    ::) echo '[::1]' ;;
-    *:*) echo "[$HOST]" ;;
-    *) echo "$HOST" ;;
+    0.0.0.0) echo "http://127.0.0.1:$PORT" ;;
+    ::) echo "http://[::1]:$PORT" ;;
+    *:*) echo "http://[$HOST]:$PORT" ;;
+    *) echo "http://$HOST:$PORT" ;;
   esac
 }
 
@@ -141,6 +140,19 @@ take_settings() {
   while IFS= read -r line; do
     if [[ $line =~ ^($1)= && ! -v ${line%%=*} ]]; then export "${line?}"; fi
   done
+}
+
+take_installed_settings() {
+  if [[ -f $APP_DIR/server.env ]]; then take_settings "$REMEMBERED" <"$APP_DIR/server.env"; fi
+}
+
+# Use what is installed, and nothing else: the settings of a release that failed must not reach the previous one.
+use_installed_settings() {
+  local name python=$PYTHON
+  [[ -f $APP_DIR/server.env ]] || return 0
+  for name in $(compgen -e | grep -xE "$REMEMBERED"); do unset "$name"; done
+  take_installed_settings
+  export PYTHON=${PYTHON:-$python} HOST=${HOST:-0.0.0.0} PORT=${PORT:-6006} UNIT=${UNIT:-}
 }
 
 # Take over from the server that runs from here: the interpreter, what the engine needs of the environment, and
@@ -427,12 +439,9 @@ check_gpu() {
 
 check_port() {
   local pid
-  if pid=$(server_pid); then
-    pass "running from here: process $pid, $(shown "$pid")"
-  elif [[ $(listening_sockets) ]]; then
-    fail "port $PORT is $(port_state)"
-  else
-    pass "port $PORT is free"
+  pid=$(server_pid) && pass "running from here: process $pid, $(shown "$pid")"
+  if [[ ! $(listening_sockets) ]]; then pass "port $PORT is free"
+  elif [[ ! $pid ]] || ! port_pids | grep -xF -f <(family "$pid") >/dev/null; then fail "port $PORT is $(port_state)"
   fi
 }
 
@@ -469,8 +478,15 @@ check_reference_audio() {
 # === Packages ===
 
 requirements() {
-  local gpu=$SOURCE/requirements-gpu.txt
-  if [[ ${REQUIREMENTS:-} ]]; then echo "$REQUIREMENTS"; elif has_gpu && [[ -f $gpu ]]; then echo "$gpu"; else echo "$SOURCE/requirements.txt"; fi
+  if [[ ${REQUIREMENTS:-} ]]; then echo "$REQUIREMENTS"
+  elif has_gpu && has_engine; then echo "$SOURCE/requirements-gpu.txt"
+  else echo "$SOURCE/requirements.txt"
+  fi
+}
+
+# Whether an engine for the GPU is named or lies in the folder.
+has_engine() {
+  [[ ${TTS_ENGINE:-auto} =~ ^(omni|indextts)$ || ${TTS_MODEL:-} || -d ${TTS_INDEXTTS_DIR:-$APP_DIR}/indextts ]]
 }
 
 # Print the entries, hashes included, whose package is not installed at all.
@@ -567,7 +583,7 @@ install_extras() {
 # Copy a file into its place in one step: whoever reads it finds the old or the new one.
 put() {
   mkdir -p -- "$(dirname -- "$2")"
-  cp -p -- "$1" "$2.new" && mv -f -- "$2.new" "$2"
+  if ! cp -p -- "$1" "$2.new" || ! mv -f -- "$2.new" "$2"; then rm -f -- "$2.new"; return 1; fi
 }
 
 # Give each path that is exchanged the file of this folder, or none where it has none.
@@ -612,6 +628,7 @@ keep_start() {
   local name
   for name in cmdline environ; do (umask 077 && cat "/proc/$1/$name" >"$2/run/started/$name"); done
   readlink "/proc/$1/cwd" >"$2/run/started/cwd"
+  if [[ ! -f $APP_DIR/server.env ]]; then (umask 077 && settings "HOST|PORT" >"$2/server.env"); fi
   name=$(program "$2")
   if [[ -f $APP_DIR/$name ]]; then cp -p -- "$APP_DIR/$name" "$2/$name"; fi
 }
@@ -646,6 +663,7 @@ switch_to() {
 # Start what is installed from DIR, and see that it serves.
 start_checked() {
   local release; release=$(release_of "$1")
+  use_installed_settings
   DEADLINE=$((SECONDS + HEALTH_TIMEOUT_S))
   start_server
   if [[ $release ]]; then wait_healthy "$release" && verify; else wait_answering; fi
@@ -682,7 +700,7 @@ recover() {
   [[ -s $UNFINISHED ]] || return 0
   interrupted=$(<"$UNFINISHED")
   log "an earlier deploy was interrupted; putting the files of $interrupted back"
-  install_from "$interrupted" "$interrupted"
+  if [[ -f $interrupted/replaced.txt ]]; then install_from "$interrupted" "$interrupted"; fi
   rm -f "$UNFINISHED"
 }
 
@@ -705,7 +723,7 @@ ask() { curl -sS --noproxy '*' --max-time 5 "$@"; }
 wait_healthy() {
   local health told='' shown=$SECONDS
   while ((SECONDS < DEADLINE)); do
-    health=$(ask "$BASE_URL/health" 2>/dev/null) || health=''
+    health=$(ask "$(base_url)/health" 2>/dev/null) || health=''
     if [[ $health == *'"release":"'"$1"'"'* ]]; then
       if [[ $health == *'"status":"healthy"'* ]]; then log "healthy: release $1"; return 0; fi
       if [[ $health == *'"status":"unhealthy"'* ]]; then log "unhealthy: $(message "$health")"; return 1; fi
@@ -727,12 +745,12 @@ wait_answering() {
   log "it answers"
 }
 
-answering() { ask -o /dev/null "$BASE_URL/" 2>/dev/null; }
+answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
 
 # Let it speak, and look at the sound: RIFF, rate, duration, loudness; and at the list of voices.
 verify() {
   local told
-  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$BASE_URL" "$((DEADLINE - SECONDS + 1))" 2>&1 <<'PYTHON'
+  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$(base_url)" "$((DEADLINE - SECONDS + 1))" 2>&1 <<'PYTHON'
 import array
 import io
 import json
@@ -867,13 +885,14 @@ do_deploy() {
   switch_to "$STAGED"
   prune_backups
   rm -rf -- "$STAGED"
-  log "deployed release $(release_of "$APP_DIR") on $BASE_URL; the way back: $APP_DIR/deploy_openai_api.sh rollback"
+  log "deployed release $(release_of "$APP_DIR") on $(base_url); the way back: $APP_DIR/deploy_openai_api.sh rollback"
 }
 
 do_rollback() {
   begin
   local name; name=$(list_backups | grep -F ".backup.$TIMESTAMP" | tail -n 1) ||
     die "$EXIT_UNCHANGED" "there is no backup ${TIMESTAMP:-yet} in $APP_DIR/backups; nothing was changed"
+  [[ $name != nothing.* ]] || die "$EXIT_UNCHANGED" "there was no server here before the first deploy; nothing was changed"
   log "rolling back to $name"
   switch_to "$APP_DIR/backups/$name"
   prune_backups
@@ -890,6 +909,7 @@ do_start() {
 }
 
 start_installed() {
+  (umask 077 && settings "$REMEMBERED" >"$APP_DIR/server.env.new") && mv -f "$APP_DIR/server.env.new" "$APP_DIR/server.env"
   [[ $(program "$APP_DIR") != nothing ]] || die "$EXIT_DOWN" "there is no server in $APP_DIR"
   [[ ! $(listening_sockets) ]] || die "$EXIT_DOWN" "port $PORT is $(port_state)"
   start_checked "$APP_DIR" || die "$EXIT_DOWN" "it does not serve; see $SERVER_LOG"
@@ -900,7 +920,7 @@ do_status() {
   if [[ -s $UNFINISHED ]]; then log "a deploy is under way or was interrupted; if so, deploy again, or start to put $(<"$UNFINISHED") back"; fi
   pid=$(server_pid) || { log "stopped; port $PORT is $(port_state)"; return "$EXIT_UNHEALTHY"; }
   log "running: process $pid, $(shown "$pid")"
-  health=$(ask -f "$BASE_URL/health" 2>&1) || { log "not healthy: $health"; return "$EXIT_UNHEALTHY"; }
+  health=$(ask -f "$(base_url)/health" 2>&1) || { log "not healthy: $health"; return "$EXIT_UNHEALTHY"; }
   log "healthy: $health"
 }
 
@@ -931,6 +951,7 @@ parse_arguments() {
     shift
   done
   ACTION=${ACTION:-deploy}
+  ((!DRY_RUN)) || [[ $ACTION == deploy ]] || wrong "--dry-run with $ACTION"
 }
 
 wrong() { usage >&2; die "$EXIT_USAGE" "unknown argument: $1"; }

@@ -20,7 +20,7 @@ from deploying import (
     release_files,
     tmpfs,
 )
-from serving import REPOSITORY
+from serving import REPOSITORY, free_port
 
 DONE, UNHEALTHY, USAGE, UNCHANGED, ROLLED_BACK, DOWN = range(6)
 FAULTS = ("boot", "unhealthy", "loading", "silence", "rate", "short", "noise", "voices")
@@ -199,6 +199,17 @@ def test_a_second_rollback_undoes_the_first(served, releases):
     assert served.release() == latest
 
 
+def test_rollback_to_nothing_changes_nothing(served):
+    status, said = served.run("rollback")
+    assert (status, served.release()) == (UNCHANGED, served.first)
+    assert "no server here before" in said
+
+
+def test_a_dry_run_of_anything_but_deploy_is_refused(lasting):
+    status, said = lasting.run("stop", "--dry-run")
+    assert (status, lasting.release()) == (USAGE, lasting.first), said
+
+
 def test_rollback_to_what_is_not_there_changes_nothing(lasting):
     before = lasting.files()
     status, said = lasting.run("rollback", "20010101T000000")
@@ -356,6 +367,31 @@ def test_settings_are_remembered(box, releases):
     assert box.get("/anything") == "{}"  # still refused without the key
     assert (box.app_dir / "server.env").stat().st_mode & 0o77 == 0
     assert "a-key" not in said + (box.app_dir / "logs/deploy.log").read_text()
+
+
+def test_the_settings_of_a_release_that_failed_do_not_stay(box, releases):
+    assert box.run(source=releases["a"], TTS_API_KEYS="first")[0] == DONE
+    first, settings = box.release(), (box.app_dir / "server.env").read_text()
+    status, said = box.run(source=releases["silence"], TTS_API_KEYS="second", HEALTH_TIMEOUT_S="10")
+    assert (status, box.release()) == (ROLLED_BACK, first), said  # it was heard speaking, with the first key
+    assert (box.app_dir / "server.env").read_text() == settings
+
+
+def test_a_restart_takes_new_settings(served):
+    assert served.run("restart", TTS_API_KEYS="a-key")[0] == DONE
+    assert served.get("/anything") == "{}"  # refused without the key
+    assert "TTS_API_KEYS=a-key\n" in (served.app_dir / "server.env").read_text()
+
+
+def test_another_port_is_moved_to_and_back_from(older, releases):
+    port = free_port()
+    serve(older, releases["a"])
+    status, said = older.run(source=releases["b"], PORT=str(port))
+    assert status == DONE and older.get("/") is None, said
+    del older.environment["PORT"]
+    first = older.backups()[0].name.split(".backup.")[1]
+    status, said = older.run("rollback", first)
+    assert (status, older.get("/")) == (DONE, older.greeting), said
 
 
 @pytest.mark.parametrize("setting", [{"PORT": "6006x"}, {"HEALTH_TIMEOUT_S": "0"}, {"PYTHON": "/no/python"}])
