@@ -165,7 +165,7 @@ OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
     "health", "list_voices", "list_models", "list_audio_models", "describe_api",
 ))}  # fmt: skip
 
-MPEG_RATES = (16_000, 22_050, 24_000, 32_000, 44_100, 48_000)  # below, a frame lasts up to 128 ms
+MPEG_RATES = (22_050, 24_000, 44_100, 48_000)  # at others the last frame may be over 60 ms too long
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Format:
     content_type: str
     container: str
     codec: str
-    rates: tuple[int, ...] = (8_000, 11_025, 12_000, *MPEG_RATES)
+    rates: tuple[int, ...] = (8_000, 11_025, 12_000, 16_000, 32_000, *MPEG_RATES)
     bit_rate: int | None = None
     whole: bool = False  # carries its length in its header, so it is sent in one piece unless `stream` is set
     primed: bool = False  # its first packets hold the codec's delay, and nothing in the container says so
@@ -363,7 +363,7 @@ class NativeRequest(JsonRequest):
     emo_control_method: Annotated[int, Field(ge=0, le=3)] = 0
     emo_ref_path: str | None = None
     emo_weight: Annotated[float, Field(ge=0, le=1.6)] = 1.0
-    emo_vec: Annotated[EmotionVector, BeforeValidator(lambda v: v or [0.0] * 8)] = [0.0] * 8
+    emo_vec: Annotated[EmotionVector, BeforeValidator(lambda v: [0.0] * 8 if v == [] else v)] = [0.0] * 8
     emo_text: str | None = None
     emo_random: bool = False
     max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
@@ -396,8 +396,6 @@ def read_json() -> dict[str, Any]:
 def read_body() -> bytes:
     """Return the body, of which the next bytes come within BODY_TIMEOUT_S; raise InvalidRequest or a 413."""
     client: socket.socket | None = request.environ.get("gunicorn.socket")
-    if client:
-        client.settimeout(BODY_TIMEOUT_S)
     try:
         body = request.get_data()
         if request.content_length is None:
@@ -428,14 +426,17 @@ def printable(text: str, limit: int) -> str:
 # === Voices ===
 
 
+Decibels = Annotated[float, Field(ge=-40, le=20)]
+
+
 class Gains(BaseModel):
     """What brings each kind of text to the same loudness, in dB."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    en: float
-    zh: float
-    mixed: float
+    en: Decibels
+    zh: Decibels
+    mixed: Decibels
 
 
 class EmbeddedStyle(BaseModel):
@@ -474,8 +475,9 @@ class Voices(BaseModel):
     @model_validator(mode="after")
     def check_names(self) -> Voices:
         ids = [voice.id for voice in self.voices]
-        if len(set(ids)) < len(ids):
-            raise ValueError("two voices have the same id")
+        for voice_id in ids:
+            if ids.count(voice_id) > 1:
+                raise ValueError(f"two voices have the id {voice_id!r}")
         for alias, target in [*self.aliases.items(), ("default", self.default)]:
             if target not in ids:
                 raise ValueError(f"{alias!r} means {target!r}, which is not the id of a voice")
@@ -495,8 +497,9 @@ class Voices(BaseModel):
             raise ValueError(f"{path} (TTS_VOICES_FILE) cannot be read: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            told = " ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]).strip()
-            raise ValueError(f"{path}:{line_of(text, first['loc'])}: {told}") from None
+            told = first["msg"].removeprefix("Value error, ")
+            line = line_of(text, first["loc"]) if first["loc"] else line_of_name(text, told)
+            raise ValueError(f"{path}:{line}: {'.'.join(map(str, first['loc']))} {told}") from None
 
     def resolve(self, name: str | None) -> Voice:
         """Return the voice of an id or alias, the default for None; raise InvalidRequest listing the voices."""
@@ -522,6 +525,16 @@ def line_of(text: str, location: tuple[int | str, ...]) -> int:
     else:
         offset = max(0, text.find(f'"{location[0]}"')) if location else 0
     return text.count("\n", 0, offset) + 1
+
+
+def line_of_name(text: str, told: str) -> int:
+    """Line of voices.json where the name that a message quotes stands last: as a key, as an id, or anywhere."""
+    quoted = re.search("'(.+?)'", told)
+    name = f'"{re.escape(quoted[1])}"' if quoted else "$"
+    for pattern in (rf"{name}\s*:", rf'"id"\s*:\s*{name}', name):
+        if found := list(re.finditer(pattern, text)):
+            return text.count("\n", 0, found[-1].start()) + 1
+    return 1
 
 
 # === Text to utterances ===
@@ -829,8 +842,8 @@ class Engine(Protocol):
     def check(self, voice: Voice) -> None:
         """Raise ValueError where the engine could not speak in a voice as voices.json describes it."""
 
-    def can_speak(self, text: str) -> bool:
-        """Tell whether there is anything in the text that this engine reads aloud."""
+    def unspoken(self, text: str) -> str:
+        """Return the text's letters and digits that this engine does not read aloud."""
 
     def fits(self, utterance: str) -> bool:
         """Tell whether the engine takes an utterance of this length in one."""
@@ -877,9 +890,9 @@ class EmbeddedEngine:
         for recipe in (voice.embedded.en, voice.embedded.zh, voice.embedded.mixed):
             self._voice.check_style(recipe)
 
-    def can_speak(self, text: str) -> bool:
-        """Tell whether the text holds Latin letters, digits, or Han characters with a reading."""
-        return self._voice.can_speak(text)
+    def unspoken(self, text: str) -> str:
+        """Return what is neither Latin, nor a digit, nor a Han character with a reading."""
+        return self._voice.unspoken(text)
 
     def fits(self, utterance: str) -> bool:
         """It cuts what is too long itself."""
@@ -951,9 +964,9 @@ class VllmEngine:
         """Raise ValueError where a voice's reference audio is missing or unfit."""
         load_reference(reference_file(voice))
 
-    def can_speak(self, text: str) -> bool:
+    def unspoken(self, text: str) -> str:
         """The model tries whatever has letters."""
-        return True
+        return ""
 
     def fits(self, utterance: str) -> bool:
         """Count the utterance's tokens: too many kill the engine."""
@@ -1098,6 +1111,7 @@ class Order:
     emotion: Emotion = Emotion()
     reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
+    unspoken: str = ""  # its letters that the engine does not read
     origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
@@ -1150,11 +1164,14 @@ class Speech:
         self.on_death()
 
     def _check(self, voices: Voices) -> None:
-        for voice in voices.voices:
+        """Raise ValueError with the file, the line and the voice that the engine cannot speak in."""
+        file = self.settings.voices_file
+        for number, voice in enumerate(voices.voices):
             try:
                 self.engine.check(voice)
             except ValueError as error:
-                raise ValueError(f"{self.settings.voices_file}: the voice {voice.id}: {error}") from None
+                line = line_of(file.read_text(encoding="utf-8"), ("voices", number))
+                raise ValueError(f"{file}:{line}: the voice {voice.id}: {error}") from None
 
     def reload_voices(self) -> None:
         """Read voices.json again; a broken file is refused and the running voices stay."""
@@ -1229,14 +1246,16 @@ class Speech:
         return self._jobs.claim(key, line, partial(self._synthesize, utterance, order, time.perf_counter()))
 
     def _speakable(self, order: Order) -> list[Utterance]:
-        """Split the text; raise InvalidRequest where a sentence has letters of which the engine reads none."""
-        for sentence in split_sentences(order.text):
-            if any(map(str.isalnum, sentence)) and not self.engine.can_speak(sentence):
+        """Split the text; raise InvalidRequest where a sentence or an utterance has letters and none is read."""
+        utterances = split_to_fit(order.text, self.engine.fits, order.full_syllables)
+        for part in [*split_sentences(order.text), *(utterance.text for utterance in utterances)]:
+            if (letters := set(filter(str.isalnum, part))) and letters <= set(self.engine.unspoken(part)):
                 raise InvalidRequest(
-                    f"The {self.engine.name} engine cannot read {printable(sentence, 40)!r}: "
+                    f"The {self.engine.name} engine cannot read {printable(part, 40)!r}: "
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
-        return split_to_fit(order.text, self.engine.fits, order.full_syllables)
+        order.unspoken = self.engine.unspoken(order.text)
+        return utterances if any(map(str.isalnum, order.text)) else utterances[:1]
 
     def _synthesize(
         self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation
@@ -1291,7 +1310,7 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     settings = settings or Settings.from_env()
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-    app.json.ensure_ascii = False
+    app.json.ensure_ascii = app.json.sort_keys = False
     app.extensions["speech"] = Speech(settings, engine or choose_engine(settings))
     app.register_blueprint(api)
     app.register_error_handler(SpeechError, tell_speech_error)
@@ -1327,6 +1346,8 @@ def begin() -> None:
     g.request_id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else f"req_{uuid.uuid4().hex}"
     g.began = time.perf_counter()
     environ = request.environ
+    if client := environ.get("gunicorn.socket"):
+        client.settimeout(BODY_TIMEOUT_S)
     environ["speech.path"] = quote(request.path, safe="/")[:200]  # for the log: no query, no line breaks
     if request.endpoint in OPEN_ENDPOINTS or request.method == "OPTIONS":
         return
@@ -1371,14 +1392,19 @@ def envelope(error: SpeechError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-HTTP_MESSAGES = {404: "There is no such route.", 405: "This route does not take that method."}
+HTTP_MESSAGES = {
+    404: "There is no such route.", 405: "This route does not take that method.",
+    413: "The body is too large: this server takes TTS_MAX_BODY_BYTES, {limit} bytes.",
+}  # fmt: skip
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
 def tell_http_error(error: HTTPException) -> Response:
     """Give werkzeug's errors (404, 405, 413, 415 ...) the envelope."""
     status = error.code or 500
-    told = SpeechError(HTTP_MESSAGES.get(status, error.description or error.name), None, HTTP_CODES.get(status))
+    message = HTTP_MESSAGES.get(status, error.description or error.name)
+    limit = current_app.config["MAX_CONTENT_LENGTH"]
+    told = SpeechError(message.replace("{limit}", str(limit)), None, HTTP_CODES.get(status))
     told.status = status
     told.type = "invalid_request_error" if status < 500 else "server_error"
     response = tell_speech_error(told)
@@ -1584,6 +1610,8 @@ def answer(
     response.headers["X-Engine"] = speech().engine.name
     response.headers["X-Cache"] = "hit" if set(order.origins) == {"hit"} else "miss"
     response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
+    if order.unspoken:
+        response.headers["X-Unspoken"] = quote("".join(dict.fromkeys(order.unspoken))[:32])
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
         response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
     return response
@@ -1592,18 +1620,19 @@ def answer(
 def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
     """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
     request_id, metrics, began, speech_settings = g.request_id, speech().metrics, g.began, speech().settings
+    told = False  # once the first bytes are sent, only the log can tell of a fault
     try:
-        yield next(parts)
+        first = next(parts)
         metrics.first_audio_s.observe(time.perf_counter() - began)
+        yield first
+        told = True
         yield from parts
     except (ClientGone, GeneratorExit):
         raise
-    except SpeechError as error:
-        metrics.errors.labels(error.code or "unknown").inc()
-        raise
-    except Exception:
-        metrics.errors.labels("fault").inc()
-        log.exception("%s failed after %.1f s of audio", request_id, order.audio_s)
+    except Exception as error:
+        metrics.errors.labels(getattr(error, "code", None) or "fault").inc()
+        if told and not isinstance(error, SpeechError):
+            log.exception("%s failed after %.1f s of audio", request_id, order.audio_s)
         raise
     finally:
         metrics.audio_s.inc(order.audio_s)
@@ -1618,7 +1647,7 @@ def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iter
 def server_sent_events(parts: Iterator[bytes], order: Order) -> Iterator[str]:
     """Wrap encoded bytes as OpenAI's events; a failure becomes an `error` event, and no `done` follows."""
     try:
-        for part in parts:
+        for part in filter(None, parts):
             yield event("speech.audio.delta", audio=base64.b64encode(part).decode())
     except SpeechError as error:
         yield event("error", **envelope(error))

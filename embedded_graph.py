@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import NodeProto, helper, numpy_helper
+
+from quiet_onnxruntime import onnxruntime
 
 # A pattern is (operator, *inputs); a name stands for any tensor, one in capitals for a constant.
 _PRODUCT = ("Transpose", ("MatMulInteger", "frames", "WEIGHT", "zero", "WEIGHT_ZERO"))

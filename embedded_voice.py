@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 
 from embedded_g2p import G2P, has_han, has_reading
 from embedded_graph import unroll_convolutions
+from quiet_onnxruntime import onnxruntime
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SAMPLE_RATE = 24_000  # Hz
@@ -81,6 +81,8 @@ class Styles:
         if bar:
             return np.concatenate([self.blend(timbre)[:, :TIMBRE], self.blend(prosody)[:, TIMBRE:]], axis=1)
         parts = [term.partition("*") for term in recipe.split("+")]
+        if not all(0 <= float(share or 1) <= 1 for _, _, share in parts):
+            raise ValueError(f"the shares in {recipe!r} are not all from 0 to 1")
         return sum(np.float32(share or 1) * self.table(name.strip()) for name, _, share in parts)
 
 
@@ -103,9 +105,9 @@ class EmbeddedVoice:
         return "mixed" if re.search("[A-Za-z]", text) else "zh"
 
     @staticmethod
-    def can_speak(text: str) -> bool:
-        """Tell whether the text holds anything that is read aloud: Latin letters, digits, Han with a reading."""
-        return bool(re.search(r"[A-Za-z0-9]", unicodedata.normalize("NFKD", text))) or any(map(has_reading, text))
+    def unspoken(text: str) -> str:
+        """Return the letters and digits that are not read aloud: neither Latin nor Han with a reading."""
+        return "".join(c for c in text if c.isalnum() and not is_read(c))
 
     def check_style(self, recipe: str) -> None:
         """Raise ValueError where a recipe is none, or names a style that there is not."""
@@ -147,6 +149,12 @@ class EmbeddedVoice:
             if not run_options.terminate:
                 raise
         raise Cancelled
+
+
+@lru_cache(maxsize=4096)
+def is_read(character: str) -> bool:
+    """Tell whether a letter or digit is read aloud, as itself or without its accents."""
+    return bool(re.search("[A-Za-z0-9]", unicodedata.normalize("NFKD", character))) or has_reading(character)
 
 
 def load_network(threads: int) -> onnxruntime.InferenceSession:

@@ -5,6 +5,7 @@ TERM lets running requests finish; HUP makes the worker read voices.json again, 
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -12,10 +13,13 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gunicorn import util
 
 from app import RESERVE_THREADS, Settings
 from vllm_engine import children, descendants
@@ -69,6 +73,7 @@ def post_worker_init(worker):
     service = worker.wsgi.extensions["speech"]
     worker.set_accept_enabled = partial(accept, worker, worker.set_accept_enabled)
     worker.handle = partial(handle, worker.handle)
+    util.write_error = write_error
     threading.Thread(target=end_slow_headers, name="slow-headers", daemon=True).start()
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
     service.on_death = leave
@@ -76,13 +81,33 @@ def post_worker_init(worker):
 
 
 def handle(gunicorn_handle, conn):
-    """Serve a connection's next request; end_slow_headers ends it while its headers are still coming."""
+    """Serve a connection's next request; end_slow_headers ends it while its headers are still coming.
+
+    A connection is closed here: gunicorn would linger on it for two seconds in the loop that accepts the others.
+    """
     thread = threading.get_ident()
     reading_headers[thread] = (conn.sock, time.monotonic() + HEADERS_TIMEOUT_S)
     try:
-        return gunicorn_handle(conn)
+        goes_on = gunicorn_handle(conn)
     finally:
         reading_headers.pop(thread, None)
+    if not goes_on:
+        conn.close(graceful=True)
+        conn.close = lambda graceful=False: None
+    return goes_on
+
+
+def write_error(sock, status, reason, message):
+    """Answer what never became a request with the envelope too, not with gunicorn's page."""
+    request_id = f"req_{uuid.uuid4().hex}"
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    told = {"message": f"{reason}: {message}" if message else reason, "type": kind, "param": None, "code": None}
+    body = json.dumps({"error": told}).encode()
+    head = (
+        f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"x-request-id: {request_id}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    util.write_nonblock(sock, head.encode("latin-1") + body)
 
 
 def pre_request(worker, req):

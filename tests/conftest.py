@@ -26,9 +26,9 @@ class ScriptedEngine:
     def check(self, voice):
         """Any voice will do."""
 
-    def can_speak(self, text):
-        """Anything but kana."""
-        return not any("\u3040" <= c <= "\u30ff" for c in text)
+    def unspoken(self, text):
+        """Kana."""
+        return "".join(c for c in text if "\u3040" <= c <= "\u30ff")
 
     def fits(self, utterance):
         """Any length will do."""

@@ -1,6 +1,11 @@
 """The embedded engine: weights, styles, long and empty texts, giving up."""
 
+import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,6 +13,7 @@ import numpy as np
 import pytest
 
 import embedded_voice
+from app import HERE
 from embedded_voice import Cancelled, EmbeddedVoice, Styles, WeightsError, read_weights
 
 
@@ -59,11 +65,32 @@ def test_nothing_to_speak_gives_no_samples(voice, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "speakable"),
-    [("你", True), ("a", True), ("５", True), ("½", True), ("こ", False), ("！", False), ("𠮷", False), ("𠮷野", True)],
+    ("text", "unspoken"),
+    [("你", ""), ("aé", ""), ("５½", ""), ("こ", "こ"), ("！🙂", ""), ("𠮷野", "𠮷"), ("Hello Мир", "Мир")],
 )
-def test_it_knows_what_it_can_read(voice, text, speakable):
-    assert voice.can_speak(text) is speakable
+def test_it_knows_what_it_does_not_read(voice, text, unspoken):
+    assert voice.unspoken(text) == unspoken
+
+
+@pytest.mark.parametrize("recipe", ["am_echo*nan", "am_echo*1000", "am_echo*-1", "am_echo*x"])
+def test_a_share_out_of_range_is_refused(recipe):
+    with pytest.raises(ValueError, match=re.escape(recipe) + "|could not convert"):
+        Styles().blend(recipe)
+
+
+def test_nothing_is_written_and_nobody_is_asked(tmp_path):
+    """In a process of its own, with empty home and temp folders, watched from outside: libraries in C++ count too."""
+    home, temp, trace = tmp_path / "home", tmp_path / "temp", tmp_path / "trace"
+    home.mkdir(), temp.mkdir()
+    speak = "from embedded_voice import EmbeddedVoice; print(len(EmbeddedVoice(2).speak('你好 world.', 'am_onyx')))"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temp), "PYTHONDONTWRITEBYTECODE": "1"}
+    watched = ["strace", "-f", "-qq", "-e", "trace=socket,connect", "-o", str(trace)] if shutil.which("strace") else []
+    command = [*watched, sys.executable, "-c", speak]
+    spoken = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True, timeout=120, check=True)
+    assert int(spoken.stdout) > 12_000
+    assert [*home.rglob("*"), *temp.rglob("*")] == []
+    if watched:
+        assert "AF_INET" not in trace.read_text()
 
 
 def test_giving_up_ends_a_long_utterance_within_a_second(voice):

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from app import Settings, create_app
+
 SPEECH, NATIVE = "/v1/audio/speech", "/tts_url"
 GOOD = {"model": "tts-1", "input": "Hello."}
 GOOD_NATIVE = {"text": "Hello.", "spk_audio_path": "/any/where/voice_03.wav"}
@@ -206,8 +208,6 @@ class TestKeys:
 
     @pytest.fixture
     def guarded(self, engine):
-        from app import Settings, create_app
-
         app = create_app(Settings(api_keys=("sesame", "öffne")), engine)
         app.extensions["speech"].trouble = None
         return app.test_client()
@@ -230,3 +230,39 @@ class TestKeys:
     @pytest.mark.parametrize("path", ["/health", "/v1/audio/voices", "/audio/voices"])
     def test_health_and_voices_stay_open(self, guarded, path):
         assert guarded.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["こんにちは", "Hello. こんにちは。 Bye.", "Hello, " + "あ" * 200])
+def test_a_part_of_which_nothing_is_read_is_refused_before_a_byte_is_sent(client, engine, text):
+    response = client.post(SPEECH, json={"model": "m", "input": text, "response_format": "pcm"})
+    assert (response.status_code, response.json["error"]["code"]) == (400, "unspeakable_text")
+    assert engine.spoken == []
+
+
+def test_letters_that_are_not_read_are_named(client):
+    response = client.post(SPEECH, json={"model": "m", "input": "Hello こんに my friend."})
+    assert (response.status_code, response.headers["X-Unspoken"]) == (200, "%E3%81%93%E3%82%93%E3%81%AB")
+    assert "X-Unspoken" not in client.post(SPEECH, json={"model": "m", "input": "Hello."}).headers
+
+
+def test_many_emoji_are_one_short_silence(client):
+    response = client.post(SPEECH, json={"model": "m", "input": "🙂" * 4096})
+    assert float(response.headers["X-Audio-Duration"]) < 1
+
+
+def test_no_event_is_empty(client):
+    asked = {"model": "m", "input": "Hello there.", "stream_format": "sse", "response_format": "wav"}
+    assert '"audio": ""' not in client.post(SPEECH, json=asked).text
+
+
+def test_a_body_that_is_too_large_is_told_the_setting(engine):
+    client = create_app(Settings(max_body_bytes=2000), engine).test_client()
+    response = client.post(SPEECH, json={"model": "m", "input": "x" * 3000})
+    assert response.status_code == 413
+    assert "TTS_MAX_BODY_BYTES, 2000" in response.json["error"]["message"]
+
+
+def test_an_emotion_vector_that_is_no_list_is_refused(client):
+    asked = {"text": "Hi.", "spk_audio_path": "voice_01.wav"}
+    assert client.post("/tts_url", json={**asked, "emo_vec": []}).status_code == 200
+    assert client.post("/tts_url", json={**asked, "emo_vec": {}}).status_code == 400

@@ -233,6 +233,35 @@ class TestSlowClients:
         wait_for_requests(server, 0, 20)
         assert "Traceback" not in server.log.read_text()
 
+    def test_bodies_that_nobody_reads_stop_nobody(self, server):
+        """gunicorn lingers on such a connection; in its main loop, two seconds each, that would stop everything."""
+        head = b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\nabc"
+        slow = [connect(server, head) for _ in range(60)]
+        try:
+            assert all(client.recv(12) == b"HTTP/1.1 404" for client in slow)
+            for client in slow:
+                client.sendall(b"d")
+            waits = []
+            for _ in range(10):
+                began = time.monotonic()
+                assert server.get("/health")[0] == 200
+                waits.append(time.monotonic() - began)
+                time.sleep(0.3)
+            assert max(waits) < 1.5
+        finally:
+            for client in slow:
+                client.close()
+
+    @pytest.mark.parametrize(
+        "request_line", [b"GET /" + b"x" * 9000, b"GET / HTTP/1.1\r\nContent-Length: x", b"NONSENSE", b"GET / HTTP/9.9"]
+    )
+    def test_what_is_no_request_is_answered_with_the_envelope(self, server, request_line):
+        with connect(server, request_line + b"\r\n\r\n") as client:
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 4") and b"x-request-id: req_" in head
+        assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+
     def test_half_sent_headers_are_hung_up_on(self, server):
         client = connect(server, b"POST /v1/audio/speech HTTP/1.1\r\nHost")
         client.settimeout(25)

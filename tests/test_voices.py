@@ -39,7 +39,7 @@ def test_the_eleven_come_in_their_order_without_aliases(client):
 def test_each_voice_has_its_reference_audio(voices, number):
     voice = voices.voices[number - 1]
     assert voice.reference_audio == f"examples/voice_{number:02}.wav"
-    assert voices.of_reference(f"/root/index-tts/examples/voice_{number:02}.wav") is voice
+    assert voices.of_reference(f"/srv/index-tts/examples/voice_{number:02}.wav") is voice
     assert voices.of_reference(f"C:\\x\\voice_{number:02}.wav") is voice
 
 
@@ -68,12 +68,13 @@ def test_no_name_means_the_default_and_an_unknown_one_is_refused(voices):
 @pytest.mark.parametrize(("change", "line", "reason"), [
     (lambda text: text.replace('"default"', '"default', 1), 2, "delimiter"),
     (lambda text: text.replace('"id": "echo", "name": "Echo", ', '"id": "echo", '), 8, "name"),
-    (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 1, "same id"),
-    (lambda text: text.replace('"marin": "', '"marin": "x'), 1, "marin"),
+    (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 12, "two voices have the id 'echo'"),
+    (lambda text: text.replace('"marin": "', '"marin": "x'), 51, "marin"),
     (lambda text: text.replace('"voices"', '"choirs"'), 1, "voices"),
     (lambda text: text.replace('"en": 4.6', '"en": Infinity'), 4, "finite"),
     (lambda text: text.replace('"en": 4.6, ', ""), 4, "gain_db.en Field required"),
-    (lambda text: text.replace('"marin"', '"echo"'), 1, "is the id of a voice"),
+    (lambda text: text.replace('"marin"', '"echo"'), 51, "is the id of a voice"),
+        (lambda text: text.replace('"en": 4.6', '"en": 1e300'), 4, "less than or equal to 20"),
 ])  # fmt: skip
 def test_a_broken_file_is_refused_with_its_line(tmp_path, change, line, reason):
     path = broken(tmp_path, change)
