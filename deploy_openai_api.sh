@@ -46,7 +46,7 @@ readonly EXIT_UNHEALTHY=1 EXIT_USAGE=2 EXIT_UNCHANGED=3 EXIT_ROLLED_BACK=4 EXIT_
 readonly RELEASE_FILES=(
   app.py gunicorn.conf.py voices.json assets
   access.py metrics.py openapi.py reference_audio.py scheduling.py
-  embedded_voice.py embedded_g2p.py embedded_graph.py vllm_engine.py
+  embedded_voice.py embedded_g2p.py embedded_graph.py quiet_onnxruntime.py vllm_engine.py
   examples requirements.txt requirements-gpu.txt requirements-build.txt
   deploy_openai_api.sh test_openai_api.sh remote_check.sh
 )
@@ -100,7 +100,9 @@ wait_until() {
 # === Settings ===
 
 default_app_dir() {
-  if [[ -f $SOURCE/release.sha256 ]]; then echo "$SOURCE"; elif [[ -d /root/index-tts-vllm ]]; then echo /root/index-tts-vllm; fi
+  if [[ -f $SOURCE/release.sha256 ]]; then echo "$SOURCE"
+  elif [[ -d /root/index-tts-vllm ]]; then echo /root/index-tts-vllm
+  fi
 }
 
 load_config() {
@@ -164,7 +166,7 @@ load_environment() {
     is_ours "$pid" || take_settings '[A-Z0-9_]+' < <(older_settings "$pid")
   fi
   PYTHON=${PYTHON:-$(default_python "$pid")}
-  PYTHON=$(type -P -- "$PYTHON") || die "$EXIT_USAGE" "PYTHON: there is no such interpreter; name one: PYTHON=/path/python"
+  PYTHON=$(type -P -- "$PYTHON") || die "$EXIT_USAGE" "PYTHON: there is no such interpreter; name it by its path"
   PYTHON=$(realpath -s -- "$PYTHON")  # a venv's interpreter is a link that has to stay one
   export PYTHON HOST=${HOST:-0.0.0.0} UNIT=${UNIT:-}
 }
@@ -339,7 +341,8 @@ gpu_has_room() { (($(gpu free) >= $(gpu_need))); }
 
 await_gpu_memory() {
   has_gpu || return 0
-  wait_until "$GPU_TIMEOUT_S" gpu_has_room || die "$EXIT_DOWN" "$(gpu free) MiB of GPU memory are free, $(gpu_need) are needed"
+  wait_until "$GPU_TIMEOUT_S" gpu_has_room ||
+    die "$EXIT_DOWN" "$(gpu free) MiB of GPU memory are free, $(gpu_need) are needed"
   log "$(gpu free) MiB of GPU memory are free"
 }
 
@@ -348,7 +351,9 @@ await_gpu_memory() {
 preflight() {
   local name
   note "Settings:"
-  for name in APP_DIR PYTHON HOST PORT UNIT HEALTH_TIMEOUT_S STOP_TIMEOUT_S KEEP_BACKUPS; do note "  $name=${!name}"; done
+  for name in APP_DIR PYTHON HOST PORT UNIT HEALTH_TIMEOUT_S STOP_TIMEOUT_S KEEP_BACKUPS; do
+    note "  $name=${!name}"
+  done
   note "Preflight:"
   check_release
   check_folder
@@ -380,26 +385,30 @@ check_folder() {
   [[ -w $place ]] || fail "$place cannot be written to"
   need=$(du -sk -- "${RELEASE_FILES[@]/#/$SOURCE/}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
-  if ((free >= need)); then pass "disk: $free MB free in $APP_DIR"; else fail "disk: $free MB free in $APP_DIR, $need are needed"; fi
+  if ((free >= need)); then pass "disk: $free MB free"; else fail "disk: $free MB free in $place, $need are needed"; fi
   [[ ! -e $UNFINISHED ]] || hint "an earlier deploy was interrupted; $(<"$UNFINISHED") will be put back first"
 }
 
 check_edits() {
   local edited
-  edited=$(cd "$APP_DIR" 2>/dev/null && sha256sum --check --quiet release.sha256 2>/dev/null | sed 's/: .*//' | xargs) || true
+  [[ -f $APP_DIR/release.sha256 ]] || return 0
+  edited=$(cd "$APP_DIR" && sha256sum --check --quiet release.sha256 2>/dev/null | sed 's/: .*//' | xargs) || true
   [[ ! $edited ]] || hint "edited here since the last deploy, to be replaced and kept in the backup: $edited"
 }
 
 check_python() {
-  local missing
-  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then fail "$PYTHON is older than Python 3.11"; return 0; fi
+  local missing name
+  if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    fail "$PYTHON is older than Python 3.11"
+    return 0
+  fi
   pass "$("$PYTHON" --version) at $PYTHON"
-  missing=$(missing_packages "$(requirements)" | wc -l)
+  missing=$(missing_packages "$(requirements)" | wc -l) name=$(basename -- "$(requirements)")
   if ((missing == 0)); then
-    pass "packages: all of $(basename -- "$(requirements)") are there"
+    pass "packages: all of $name are there"
     check_import "$SOURCE"
   else
-    hint "packages: $missing of $(basename -- "$(requirements)") are to be installed; those that are there stay as they are"
+    hint "packages: $missing of $name are to be installed; those that are there stay as they are"
     check_room_for_packages
   fi
 }
@@ -412,17 +421,21 @@ check_room_for_packages() {
   ((free >= PACKAGES_MB)) || fail "packages: $free MB free in $folder, $PACKAGES_MB are needed"
 }
 
-# Build the app from a folder, without loading an engine: its settings, its voices and the engine it chooses.
 check_import() {
   local told
-  if told=$(cd "$1" && TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1 timeout 120 "$PYTHON" -c '
+  if told=$(built_from "$1" 2>&1); then pass "${told##*$'\n'}"
+  else fail "app.py cannot be imported: ${told##*$'\n'}"
+  fi
+}
+
+# Build the app from a folder, without loading an engine: its settings, its voices and the engine it chooses.
+built_from() {
+  cd "$1" || return 1
+  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1
+  timeout 120 "$PYTHON" -c '
 import app
 speech = app.create_app().extensions["speech"]
-print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")' 2>&1); then
-    pass "${told##*$'\n'}"
-  else
-    fail "app.py cannot be imported: ${told##*$'\n'}"
-  fi
+print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")'
 }
 
 check_gpu() {
@@ -461,7 +474,7 @@ check_weights() {
   [[ ${TTS_ENGINE:-auto} =~ ^(auto|indextts)$ ]] || return 0
   cd "${TTS_INDEXTTS_DIR:-$APP_DIR}" 2>/dev/null || return 0
   if [[ ! -f indextts/infer_vllm_v2.py ]]; then "$found" "engine: $PWD has no indextts/infer_vllm_v2.py"
-  elif [[ ! -f $weights/config.yaml ]]; then "$found" "engine: $weights has no weights: config.yaml is missing (TTS_MODEL_DIR)"
+  elif [[ ! -f $weights/config.yaml ]]; then "$found" "engine: no config.yaml in $weights (TTS_MODEL_DIR)"
   else pass "engine: indextts/infer_vllm_v2.py and $(du -shL "$weights" | cut -f1) of weights in $weights"
   fi
   cd "$OLDPWD"
@@ -526,7 +539,8 @@ install_packages() {
     missing_packages "$file" >"$missing"
     [[ -s $missing ]] || continue
     log "installing $(wc -l <"$missing") packages of $(basename -- "$file")"
-    pip_install "$missing" || die "$EXIT_UNCHANGED" "pip could not install them and leave those alone that are there: see $LOG"
+    pip_install "$missing" ||
+      die "$EXIT_UNCHANGED" "pip could not install them and leave those alone that are there: see $LOG"
   done
 }
 
@@ -541,7 +555,11 @@ pip_install() {
 
 # === Releases ===
 
-release_paths()  { (cd "$1" && find "${RELEASE_FILES[@]}" -type f ! -path '*/__pycache__/*' ! -path 'examples/*.py' | LC_ALL=C sort); }
+# The release's files, one path a line.
+release_paths() {
+  (cd "$1" && find "${RELEASE_FILES[@]}" -type f ! -path '*/__pycache__/*' ! -path 'examples/*.py') | LC_ALL=C sort
+}
+
 replaced_paths() { release_paths "$1" | grep -Ev "$NOT_REPLACED"; }
 manifest()       { (cd "$1" && replaced_paths . | tr '\n' '\0' | xargs -0 sha256sum); }
 release_id()     { sha256sum | cut -c1-12; }
@@ -706,7 +724,9 @@ recover() {
 
 prune_backups() {
   local old
-  list_backups | head -n "-$KEEP_BACKUPS" | tail -n +2 | while IFS= read -r old; do rm -rf -- "${APP_DIR:?}/backups/$old"; done
+  list_backups | head -n "-$KEEP_BACKUPS" | tail -n +2 | while IFS= read -r old; do
+    rm -rf -- "${APP_DIR:?}/backups/$old"
+  done
 }
 
 # The backups' names, oldest first.
@@ -730,7 +750,10 @@ wait_healthy() {
     fi
     if ! is_alive; then log "the server has ended"; return 1; fi
     told=$(message "$health")
-    if ((SECONDS >= shown + 5)); then log "waiting: ${told:-no answer yet} ($((DEADLINE - SECONDS)) s left)"; shown=$SECONDS; fi
+    if ((SECONDS >= shown + 5)); then
+      log "waiting: ${told:-no answer yet} ($((DEADLINE - SECONDS)) s left)"
+      shown=$SECONDS
+    fi
     sleep 0.2
   done
   log "not healthy after $HEALTH_TIMEOUT_S s: ${told:-no answer}"
@@ -854,7 +877,9 @@ over_ssh() {
   # shellcheck disable=SC2086  # SSH_COMMAND is a command and its options
   packed "${paths[@]}" | ${SSH_COMMAND:-ssh} ${SSH_PORT:+-p "$SSH_PORT"} "$SSH_HOST" \
     "bash -s -- $ACTION $TIMESTAMP $REMOTE_ARGUMENTS" || status=$?
-  if ((status == 255)); then note "ERROR: no connection. What had begun there goes on: see --ssh $SSH_HOST status" >&2; fi
+  if ((status == 255)); then
+    note "ERROR: no connection. What had begun there goes on: see --ssh $SSH_HOST status" >&2
+  fi
   return "$status"
 }
 
@@ -870,7 +895,7 @@ acquire_lock() {
 
 # Prepare to change things: the folders, the log, and what an earlier run left half done.
 begin() {
-  mkdir -p "$APP_DIR"/{run,logs,backups} 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be written to; nothing was changed"
+  mkdir -p "$APP_DIR"/{run,logs,backups} 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be written to"
   LOG=$APP_DIR/logs/deploy.log
   recover
 }
@@ -892,7 +917,7 @@ do_rollback() {
   begin
   local name; name=$(list_backups | grep -F ".backup.$TIMESTAMP" | tail -n 1) ||
     die "$EXIT_UNCHANGED" "there is no backup ${TIMESTAMP:-yet} in $APP_DIR/backups; nothing was changed"
-  [[ $name != nothing.* ]] || die "$EXIT_UNCHANGED" "there was no server here before the first deploy; nothing was changed"
+  [[ $name != nothing.* ]] || die "$EXIT_UNCHANGED" "there was no server here before the first deploy"
   log "rolling back to $name"
   switch_to "$APP_DIR/backups/$name"
   prune_backups
@@ -909,7 +934,8 @@ do_start() {
 }
 
 start_installed() {
-  (umask 077 && settings "$REMEMBERED" >"$APP_DIR/server.env.new") && mv -f "$APP_DIR/server.env.new" "$APP_DIR/server.env"
+  (umask 077 && settings "$REMEMBERED" >"$APP_DIR/server.env.new")
+  mv -f "$APP_DIR/server.env.new" "$APP_DIR/server.env"
   [[ $(program "$APP_DIR") != nothing ]] || die "$EXIT_DOWN" "there is no server in $APP_DIR"
   [[ ! $(listening_sockets) ]] || die "$EXIT_DOWN" "port $PORT is $(port_state)"
   start_checked "$APP_DIR" || die "$EXIT_DOWN" "it does not serve; see $SERVER_LOG"
@@ -917,7 +943,9 @@ start_installed() {
 
 do_status() {
   local pid health
-  if [[ -s $UNFINISHED ]]; then log "a deploy is under way or was interrupted; if so, deploy again, or start to put $(<"$UNFINISHED") back"; fi
+  if [[ -s $UNFINISHED ]]; then
+    log "a deploy is under way or was interrupted; if so, deploy again, or start to put $(<"$UNFINISHED") back"
+  fi
   pid=$(server_pid) || { log "stopped; port $PORT is $(port_state)"; return "$EXIT_UNHEALTHY"; }
   log "running: process $pid, $(shown "$pid")"
   health=$(ask -f "$(base_url)/health" 2>&1) || { log "not healthy: $health"; return "$EXIT_UNHEALTHY"; }
@@ -925,9 +953,10 @@ do_status() {
 }
 
 do_backups() {
-  local name
+  local name release
   while IFS= read -r name; do
-    printf '%s  %-20s release %s\n' "${name##*.backup.}" "${name%.backup.*}" "$(release_of "$APP_DIR/backups/$name" | grep . || echo unknown)"
+    release=$(release_of "$APP_DIR/backups/$name")
+    printf '%s  %-20s release %s\n' "${name##*.backup.}" "${name%.backup.*}" "${release:-unknown}"
   done < <(list_backups)
 }
 

@@ -26,7 +26,7 @@ readonly ERRORS_SHOWN=5 LOG_LINES=2000
 
 CHECKS=() FAILURES=0 JSON=0
 
-usage() { if [[ -f $0 ]]; then sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; else echo "Usage: remote_check.sh [--json]"; fi; }
+usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0" 2>/dev/null || echo "Usage: remote_check.sh [--json]"; }
 die()  { local status=$1; shift; printf 'ERROR: %s\n' "$*" >&2; exit "$status"; }
 pass() { report ok "$@"; }
 hint() { report note "$@"; }
@@ -43,7 +43,8 @@ report() {
 redacted() {
   local text=$1 secret
   for secret in "${SECRET_VALUES[@]}"; do text=${text//"$secret"/***}; done
-  sed -E 's/((key|token|secret|password)s?["'\'']?[=: ]+)[^ ,"'\'']+/\1***/Ig; s/(Bearer +)[^ ]+/\1***/Ig; s/sk-[A-Za-z0-9_-]{8,}/***/g' <<<"$text"
+  sed -E -e 's/((key|token|secret|password)s?["'\'']?[=: ]+)[^ ,"'\'']+/\1***/Ig' -e 's/(Bearer +)[^ ]+/\1***/Ig' \
+    -e 's/sk-[A-Za-z0-9_-]{8,}/***/g' <<<"$text"
 }
 
 # A JSON string.
@@ -163,10 +164,14 @@ check_voices() {
 # Files that were edited since they were deployed, and a deploy that was interrupted.
 check_release() {
   local changed
-  if [[ -s $APP_DIR/run/unfinished ]]; then fail deploy "under way or interrupted: deploy again, or start to put the previous release back"; fi
+  if [[ -s $APP_DIR/run/unfinished ]]; then
+    fail deploy "under way or interrupted: deploy again, or start to put the previous release back"
+  fi
   [[ -f $APP_DIR/release.sha256 ]] || { hint files "no release was deployed to $APP_DIR"; return; }
   changed=$(cd "$APP_DIR" && sha256sum --check --quiet release.sha256 2>/dev/null | sed 's/: .*//' | xargs)
-  if [[ $changed ]]; then hint files "edited since they were deployed: $changed"; else pass files "as they were deployed"; fi
+  if [[ $changed ]]; then hint files "edited since they were deployed: $changed"
+  else pass files "as they were deployed"
+  fi
 }
 
 check_settings() {
@@ -178,11 +183,8 @@ check_settings() {
 }
 
 check_gpu() {
-  local gpu
-  if ! gpu=$(nvidia-smi --query-gpu=name,memory.used,memory.total,utilization.gpu --format=csv,noheader 2>/dev/null); then
-    hint gpu "none"
-    return
-  fi
+  local gpu line fields=name,memory.used,memory.total,utilization.gpu
+  gpu=$(nvidia-smi --query-gpu="$fields" --format=csv,noheader 2>/dev/null) || { hint gpu none; return; }
   while IFS= read -r line; do pass gpu "$line busy"; done <<<"$gpu"
 }
 
@@ -191,7 +193,9 @@ check_reference_audio() {
   for number in {01..11}; do
     [[ -s $APP_DIR/examples/voice_$number.wav ]] || missing+=" voice_$number.wav"
   done
-  if [[ $missing ]]; then fail reference_audio "missing in $APP_DIR/examples:$missing"; else pass reference_audio "all 11 files"; fi
+  if [[ $missing ]]; then fail reference_audio "missing in $APP_DIR/examples:$missing"
+  else pass reference_audio "all 11 files"
+  fi
 }
 
 check_weights() {
@@ -210,31 +214,31 @@ check_disk() {
 }
 
 check_log() {
-  local line errors
+  local line errors pattern='\b(ERROR|CRITICAL)\b|^[A-Za-z.]*(Error|Exception):'
   [[ -r $LOG ]] || { hint log "there is no $LOG"; return; }
-  errors=$(tail -n "$LOG_LINES" "$LOG" | grep -aE '\b(ERROR|CRITICAL)\b|^[A-Za-z.]*(Error|Exception):' | tail -n "$ERRORS_SHOWN")
+  errors=$(tail -n "$LOG_LINES" "$LOG" | grep -aE "$pattern" | tail -n "$ERRORS_SHOWN")
   [[ $errors ]] || { pass log "no errors in the last $LOG_LINES lines of $LOG"; return; }
   while IFS= read -r line; do hint log "${line:0:300}"; done <<<"$errors"
 }
 
 check_backups() {
-  local names; names=$(cd "$APP_DIR/backups" 2>/dev/null && printf '%s\n' *.backup.* | grep -vF '*')
-  if [[ $names ]]; then pass backups "$(wc -l <<<"$names"), the newest $(awk -F. '{print $NF}' <<<"$names" | sort | tail -n 1)"
-  else hint backups none
-  fi
+  local names newest; names=$(cd "$APP_DIR/backups" 2>/dev/null && printf '%s\n' *.backup.* | grep -vF '*')
+  newest=$(awk -F. '{print $NF}' <<<"$names" | sort | tail -n 1)
+  if [[ $names ]]; then pass backups "$(wc -l <<<"$names"), the newest $newest"; else hint backups none; fi
 }
 
 check_proxy() {
   local files
   files=$(grep -rlsE "(127\.0\.0\.1|localhost):$PORT\b" /etc/nginx | xargs)
-  if [[ $files ]]; then pass nginx "in front: $files"; else hint nginx "no nginx on this machine passes requests to $PORT"; fi
+  if [[ $files ]]; then pass nginx "in front: $files"; else hint nginx "none here passes requests to $PORT"; fi
 }
 
 check_outside() {
   local answer
   [[ ${PUBLIC_URL:-} ]] || return 0
   answer=$(curl -sS --max-time 15 "${PUBLIC_URL%/}/health" 2>&1)
-  if [[ $(field status "$answer") == healthy ]]; then pass public_url "$PUBLIC_URL answers: release $(field release "$answer")"
+  if [[ $(field status "$answer") == healthy ]]; then
+    pass public_url "$PUBLIC_URL answers: release $(field release "$answer")"
   else fail public_url "$PUBLIC_URL: $(head -c 300 <<<"$answer" | head -n 1)"
   fi
 }

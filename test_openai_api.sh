@@ -173,7 +173,11 @@ it = json.load(open(sys.argv[1]))
 sys.exit(not eval(sys.argv[2]))' "$BODY" "$1" 2>/dev/null || why "not so: $1: $(begin_of_body)"
 }
 
-envelope() { json 'it.keys() == {"error"} and it["error"].keys() == {"message", "type", "param", "code"} and it["error"]["message"] and "Traceback" not in it["error"]["message"]'; }
+# OpenAI's error body.
+envelope() {
+  json 'it.keys() == {"error"} and it["error"].keys() == {"message", "type", "param", "code"}' &&
+    json 'it["error"]["message"] and "Traceback" not in it["error"]["message"]'
+}
 
 scaled() { awk -v x="$1" -v by="$2" 'BEGIN {print x * by}'; }
 
@@ -205,10 +209,16 @@ measure() {
   rm -f "$OUT/again.wav" "$OUT/again.wav.head"
 }
 
-faster() { speaks "speed_$1" wav "$(scaled "$LEAST" "$2")" "$(scaled "$MOST" "$3")" "$(speech "$ENGLISH" "\"speed\":$1")"; }
+# faster SPEED LEAST MOST: the length, as a share of that at speed 1.
+faster() {
+  speaks "speed_$1" wav "$(scaled "$LEAST" "$2")" "$(scaled "$MOST" "$3")" "$(speech "$ENGLISH" "\"speed\":$1")"
+}
 
 # Four sentences that nobody has asked for before: a server may keep what it has said.
-long_text() { printf 'The boat with the number %d came home in the evening, with fish for all of us. ' $RANDOM $RANDOM $RANDOM $RANDOM; }
+long_text() {
+  printf 'The boat with the number %d came home in the evening, with fish for all of us. ' \
+    $RANDOM $RANDOM $RANDOM $RANDOM
+}
 
 # The first byte is there well before the last.
 streams() {
@@ -224,8 +234,10 @@ streams() {
 }
 
 events() {
-  BODY=$OUT/events expect 200 post "$SPEECH" "$(speech "$ENGLISH" '"response_format":"mp3","stream_format":"sse"')" || return 1
-  [[ $(content_type "$OUT/events") == text/event-stream ]] || { why "content type $(content_type "$OUT/events")"; return 1; }
+  local type body; body=$(speech "$ENGLISH" '"response_format":"mp3","stream_format":"sse"')
+  BODY=$OUT/events expect 200 post "$SPEECH" "$body" || return 1
+  type=$(content_type "$OUT/events")
+  [[ $type == text/event-stream ]] || { why "content type $type"; return 1; }
   python3 - "$OUT/events" "$OUT/events.mp3" <<'PYTHON' || return 1
 import base64
 import json
@@ -234,7 +246,8 @@ import sys
 events = [json.loads(line[6:]) for line in open(sys.argv[1]) if line.startswith("data: ")]
 if not events or events[-1]["type"] != "speech.audio.done" or "total_tokens" not in events[-1].get("usage", {}):
     sys.exit(f"# the last event is not speech.audio.done: {events[-1:]}")
-open(sys.argv[2], "wb").write(b"".join(base64.b64decode(e["audio"]) for e in events if e["type"] == "speech.audio.delta"))
+parts = [base64.b64decode(event["audio"]) for event in events if event["type"] == "speech.audio.delta"]
+open(sys.argv[2], "wb").write(b"".join(parts))
 PYTHON
   lasts mp3 "$OUT/events.mp3" "$LEAST" "$MOST"
 }
@@ -243,17 +256,22 @@ PYTHON
 refused() { expect "$@" && envelope; }
 
 native() {
-  BODY=$OUT/native.wav expect 200 post "$1" '{"text":"你好,世界。","spk_audio_path":"/anywhere/examples/voice_05.wav"}' &&
+  local body='{"text":"你好,世界。","spk_audio_path":"/anywhere/examples/voice_05.wav"}'
+  BODY=$OUT/native.wav expect 200 post "$1" "$body" &&
     lasts wav "$OUT/native.wav" 0.5 10
 }
 
-native_refuses() { expect 400 post /tts_url '{"text":"","spk_audio_path":"voice_01.wav"}' && json 'it["status"] == "error" and it["error"]'; }
+native_refuses() {
+  expect 400 post /tts_url '{"text":"","spk_audio_path":"voice_01.wav"}' &&
+    json 'it["status"] == "error" and it["error"]'
+}
 
 # Five at once, each with a voice of its own.
 at_once() {
-  local jobs=() number failed=0
+  local jobs=() number body failed=0
   for number in 0 1 2 3 4; do
-    VOICE=${VOICES[number]} speaks "at_once_$number" wav 1 20 "$(VOICE=${VOICES[number]} speech "Number $number. $ENGLISH")" &
+    body=$(VOICE=${VOICES[number]} speech "Number $number. $ENGLISH")
+    speaks "at_once_$number" wav 1 20 "$body" &
     jobs+=($!)
   done
   for number in "${jobs[@]}"; do wait "$number" || failed=1; done
@@ -268,12 +286,13 @@ turned_away() {
 
 # No way to speech without the key: not by another route, another spelling, nor a wrong or an empty key.
 no_holes() {
-  local path key
+  local path key body keys=("" "Authorization: Bearer" "Authorization: Bearer wrong" "Authorization: Basic $KEY"
+    "X-Api-Key: wrong" "X-Api-Key;")
+  body=$(speech Hello '"text":"Hello","spk_audio_path":"voice_01.wav"')
   for path in /v1/audio/speech /audio/speech //v1/audio/speech /tts_url //tts_url; do
-    for key in "" "Authorization: Bearer" "Authorization: Bearer wrong" "Authorization: Basic $KEY" "X-Api-Key: wrong" "X-Api-Key;"; do
+    for key in "${keys[@]}"; do
       printf '%s\n' "$key" >"$OUT/wrong_key"
-      KEY_FILE=$OUT/wrong_key turned_away post "$path" "$(speech Hello '"text":"Hello","spk_audio_path":"voice_01.wav"')" ||
-        { why "with '${key/$KEY/KEY}'"; return 1; }
+      KEY_FILE=$OUT/wrong_key turned_away post "$path" "$body" || { why "with '${key/$KEY/KEY}'"; return 1; }
     done
   done
   rm -f "$OUT/wrong_key"
