@@ -66,6 +66,8 @@ readonly LOG_BYTES=10000000 KEEP_LOGS=5
 readonly PACKAGES_MB=1500      # disk for packages, where some are missing
 readonly GPU_TIMEOUT_S=30      # for the GPU's memory to come free after the server has ended
 readonly FAILED_STOP_S=5       # patience with a new release that failed
+readonly PUT_BACK_TIMEOUT_S=300  # patience with the previous one: there is nothing else to wait for
+readonly VERIFY_TIMEOUT_S=10   # for the first words, where HEALTH_TIMEOUT_S is all but over
 
 SWITCHING=''  # the backup to put back, while a release is being exchanged
 FAILURES=0
@@ -694,6 +696,7 @@ put_back() {
   install_from "$SWITCHING" "$SWITCHING" || return 1
   rm -f "$UNFINISHED"
   if [[ $(program "$SWITCHING") == nothing ]]; then log "there was no server before"; return 1; fi
+  HEALTH_TIMEOUT_S=$((HEALTH_TIMEOUT_S > PUT_BACK_TIMEOUT_S ? HEALTH_TIMEOUT_S : PUT_BACK_TIMEOUT_S))
   start_checked "$SWITCHING"
 }
 
@@ -705,7 +708,7 @@ on_exit() {
   if [[ $SWITCHING ]]; then
     tail -n 20 "$SERVER_LOG" 2>/dev/null | sed 's/^/  | /' >&2 || true
     if put_back; then status=$EXIT_ROLLED_BACK; note "ERROR: that failed; $SWITCHING is serving again" >&2
-    else status=$EXIT_DOWN; note "ERROR: that failed, and nothing is serving; see $SERVER_LOG" >&2
+    else status=$EXIT_DOWN; note "ERROR: that failed, and nothing is known to serve; see $SERVER_LOG" >&2
     fi
   fi
   if ((status == 1 || status > EXIT_DOWN)); then status=$EXIT_UNCHANGED; fi
@@ -772,8 +775,9 @@ answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
 
 # Let it speak, and look at the sound: RIFF, rate, duration, loudness; and at the list of voices.
 verify() {
-  local told
-  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$(base_url)" "$((DEADLINE - SECONDS + 1))" 2>&1 <<'PYTHON'
+  local told left=$((DEADLINE - SECONDS))
+  ((left > VERIFY_TIMEOUT_S)) || left=$VERIFY_TIMEOUT_S
+  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$(base_url)" "$left" 2>&1 <<'PYTHON'
 import array
 import io
 import json

@@ -243,16 +243,13 @@ def test_a_stranger_on_the_port_is_left_alone(box, releases, tmp_path):
         stranger.wait()
 
 
-def test_two_deploys_at_once_do_not_meet(lasting, releases):
-    holder = subprocess.Popen(["flock", str(lasting.app_dir), "sleep", "60"], start_new_session=True)
-    try:
-        lasting.wait_until(lambda: lasting.run("stop")[0] == UNCHANGED)
-        status, said = lasting.run(source=releases["b"])
-        assert status == UNCHANGED and "another deploy is at work" in said
-        assert lasting.release() == lasting.first
-    finally:
-        os.killpg(holder.pid, signal.SIGKILL)
-        holder.wait()
+def test_of_two_deploys_at_once_the_second_is_turned_away(served, releases):
+    first = served.start(source=releases["b"])
+    assert any("Preflight" in line for line in first.stdout)
+    status, said = served.run(source=releases["a"])
+    assert first.communicate(timeout=120)[0] and first.returncode == DONE
+    assert status == UNCHANGED and "another deploy is at work" in said
+    assert served.release() not in (None, served.first)
 
 
 @pytest.mark.parametrize("step", STEPS)
