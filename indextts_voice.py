@@ -45,7 +45,6 @@ WEIGHTS = (
     "campplus/campplus_cn_common.bin", "bigvgan/config.json",
 )  # fmt: skip
 MEMORY_FAULTS = ("out of memory", "free memory", "available memory", "engine core initialization failed")
-GIB = 1 << 30
 
 log = logging.getLogger("speech.indextts")
 
@@ -63,8 +62,8 @@ class IndexTTSVoice:
     slots = SLOTS
     seeded = True  # alone: the company that a request keeps in a batch can change how a GPU rounds
 
-    def __init__(self, stages: Any, emotion_model: Any = None, report: dict[str, Any] | None = None):
-        self._stages, self._emotion_model, self._report = stages, emotion_model, report or {}
+    def __init__(self, stages: Any, emotion_model: Any = None):
+        self._stages, self._emotion_model = stages, emotion_model
         self._worker = Worker(stages.prepare_thread)
         self._conditionings = Kept(KEPT_REFERENCES)
         self._emotions = Kept(KEPT_EMOTION_TEXTS)
@@ -90,7 +89,7 @@ class IndexTTSVoice:
         if (weights / EMOTION_MODEL).is_dir():
             shares["TTS_QWENEMO_GPU_MEMORY_UTILIZATION"] = qwenemo_gpu_memory_utilization
         module = import_checkout(checkout, emotes=len(shares) > 1)
-        gpu = find_gpu()
+        check_gpu()
         tts = construct(
             module.IndexTTS2,
             shares,
@@ -101,7 +100,7 @@ class IndexTTSVoice:
         )
         from indextts_stages import Stages  # torch and librosa, which only this engine has
 
-        voice = cls(Stages(tts), tts.qwen_emo, gpu)
+        voice = cls(Stages(tts), tts.qwen_emo)
         if voice.emotes_by_text:
             tts.qwen_emo.model.generate = make_greedy(tts.qwen_emo.model.generate)
             await voice._read_emotion("平静")  # the first time compiles its template
@@ -133,9 +132,9 @@ class IndexTTSVoice:
         return f"vLLM's engine of the {dead[0]} has died" if dead else None
 
     def report(self) -> dict[str, Any]:
-        """Return what the conditioning cache did, and the GPU as it was before loading."""
+        """Return how often a reference audio was one already heard."""
         kept = self._conditionings
-        return {"conditioning": {"hits": kept.hits, "misses": kept.misses, "kept": len(kept)}, **self._report}
+        return {"conditioning": {"hits": kept.hits, "misses": kept.misses, "kept": len(kept)}}
 
     def close(self) -> None:
         """End vLLM's processes and the worker thread."""
@@ -269,18 +268,13 @@ def import_checkout(checkout: Path, emotes: bool) -> Any:
     return module
 
 
-def find_gpu() -> dict[str, Any]:
-    """Return what GPU there is for the report; raise LoadError without one, except on vLLM's own CPU build."""
+def check_gpu() -> None:
+    """Raise LoadError where there is no GPU, except on vLLM's own CPU build."""
     import torch
     from vllm.platforms import current_platform
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        name = torch.cuda.get_device_name()
-        return {"gpu": {"name": name, "total_gib": round(total / GIB, 1), "free_before_load_gib": round(free / GIB, 1)}}
-    if current_platform.is_cpu():
-        return {"gpu": None}
-    raise LoadError("no GPU: torch sees none. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TTS_ENGINE=embedded")
+    if not (torch.cuda.is_available() or current_platform.is_cpu()):
+        raise LoadError("torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TTS_ENGINE=embedded")
 
 
 def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: Any) -> Any:
