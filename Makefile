@@ -21,6 +21,10 @@ FROM_WHEELS := --only-binary :all: --no-binary jieba --no-build-isolation
 LOCK := uv pip compile --universal --fork-strategy fewest --python-version 3.11 --generate-hashes \
         --no-emit-index-url --no-header --no-annotate --upgrade --quiet
 
+# A checkout's environment is kept in the user's cache folder, under the checksum of what is in it.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/indextts-openai-server
+INDEXTTS_VENV := $(CACHE)/indextts-$(shell sha256sum tests/indextts/requirements.txt | cut -c1-16)
+
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -39,6 +43,11 @@ test: install-test ## ruff, shellcheck and pytest
 fuzz: install-test ## 28,000 cases of anything at all as a request (a quarter of an hour)
 	FUZZ_EXAMPLES=7000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
+.PHONY: test-indextts
+test-indextts: $(INDEXTTS_VENV)/installed ## prove the indextts engine on a real checkout, INDEXTTS_CHECKOUT=DIR, with random weights (9 GB, an hour)
+	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
+	INDEXTTS_CHECKOUT=$(INDEXTTS_CHECKOUT) $(INDEXTTS_VENV)/bin/python -m pytest -v tests/indextts
+
 .PHONY: bench
 bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
 	$(BIN)/python benchmarks/figures.py
@@ -46,6 +55,11 @@ bench: install ## print the figures of this server: start, memory, overhead, fir
 .PHONY: bench-peers
 bench-peers: install ## race this server against kokoro-cli and fastkokoro, which it installs in the user's cache folder
 	$(BIN)/python benchmarks/peers.py
+
+.PHONY: bench-indextts
+bench-indextts: $(INDEXTTS_VENV)/installed ## print what driving a checkout stage by stage saves, INDEXTTS_CHECKOUT=DIR
+	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
+	PYTHONPATH=. $(INDEXTTS_VENV)/bin/python benchmarks/indextts.py $(INDEXTTS_CHECKOUT)
 
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
@@ -103,3 +117,8 @@ if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  echo "Python's venv module is missing. Type: sudo apt-get install $(venv_package)" >&2; exit 1; \
 	fi
 endef
+
+$(INDEXTTS_VENV)/installed:
+	python3.11 -m venv --clear $(INDEXTTS_VENV)
+	$(INDEXTTS_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps -r tests/indextts/requirements.txt
+	touch $@

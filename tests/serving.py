@@ -84,10 +84,10 @@ class Server:
         return decode(body)
 
 
-def open_url(request: urllib.request.Request) -> tuple[int, dict, bytes]:
+def open_url(request: urllib.request.Request, timeout_s: float = 120) -> tuple[int, dict, bytes]:
     """Open a request, errors included."""
     try:
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
     except urllib.error.HTTPError as error:
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()

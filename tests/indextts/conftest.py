@@ -1,5 +1,6 @@
 """Fixtures on a real index-tts-vllm checkout with random weights: the voice in its owner, and a whole server."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import REPOSITORY, Server
+from serving import Server
 
 MAKE_CHECKPOINT = Path(__file__).with_name("make_checkpoint.py")
 # Compiling takes minutes and changes no result; the KV cache is in GiB of this machine's memory.
@@ -55,17 +56,14 @@ def plain_weights(weights, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def start_server(checkout, plain_weights, tmp_path):
+@pytest.fixture(scope="module")
+def start_server(checkout, plain_weights, tmp_path_factory):
     """Start gunicorn with TTS_ENGINE=indextts; give the server."""
-    servers = []
+    given = {"TTS_ENGINE": "indextts", "TTS_INDEXTTS_DIR": str(checkout), "TTS_MODEL_DIR": str(plain_weights)}
+    with contextlib.ExitStack() as servers:
 
-    def start(**environment):
-        given = {"TTS_ENGINE": "indextts", "TTS_INDEXTTS_DIR": str(checkout), "TTS_MODEL_DIR": str(plain_weights)}
-        server = Server(tmp_path / "log", **{**FAST, **given, "PYTHONPATH": str(REPOSITORY), **environment})
-        servers.append(server)
-        return server.__enter__()
+        def start(**environment):
+            log = tmp_path_factory.mktemp("server") / "log"
+            return servers.enter_context(Server(log, **{**FAST, **given, **environment}))
 
-    yield start
-    for server in servers:
-        server.__exit__()
+        yield start
