@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_engine import Emotion, Reference, Spoken
+from vllm_engine import Emotion, EngineDead, Reference, Spoken
 from vllm_plugin import CHECKOUT_VARIABLE
 
 KEPT_REFERENCES = 32  # conditionings; each takes up to 8 MB of GPU memory (30 s of audio)
@@ -36,6 +36,7 @@ LONGEST_S, LONGEST_S_PER_TOKEN = 5, 1  # more speech than 5 s and a second a tex
 DROPPED_CODES = 2  # infer() drops the stop token and the code before it
 EMOTION_TOKENS = 256  # eight emotions with their shares take 80
 SLOTS = 4  # some in the GPT while one is in the stages after it
+NOTHING = Spoken(np.zeros(0, np.float32), truncated=False)
 SOON, LATER = 0, 1  # what the GPT waits for goes before what makes sound of its codes
 
 EMOTION_MODEL = "qwen0.6bemo4-merge"  # its folder may be left out: then no emotion by text, and its memory is saved
@@ -113,8 +114,18 @@ class IndexTTSVoice:
     async def speak(
         self, text: str, reference: Reference, *, emotion: Emotion, speed: float, seed: int | None
     ) -> Spoken:
-        """Speak one utterance; empty samples where the GPT had nothing to say. Raises ValueError on too long a text."""
+        """Speak one utterance; empty where there is nothing to say. Raises EngineDead, or ValueError on a long text."""
+        try:
+            return await self._speak(text, reference, emotion, seed)
+        except Exception as error:
+            if reason := self.ailment():
+                raise EngineDead(reason) from error
+            raise
+
+    async def _speak(self, text: str, reference: Reference, emotion: Emotion, seed: int | None) -> Spoken:
         ids = await asyncio.to_thread(self._stages.tokenize, text)
+        if not ids:
+            return NOTHING
         if len(ids) > self._stages.max_text_tokens:
             raise ValueError(f"an utterance of {len(ids)} text tokens is over the {self._stages.max_text_tokens}")
         speaker = await self._condition(reference)
@@ -122,7 +133,7 @@ class IndexTTSVoice:
         line = await self._worker.run(SOON, self._stages.write, ids, speaker, *feeling)
         codes, truncated = await self._generate(line.prompt, len(ids), seed)
         if not codes:
-            return Spoken(np.zeros(0, np.float32), truncated)
+            return NOTHING._replace(truncated=truncated)
         return Spoken(await self._worker.run(LATER, self._stages.sound, line, codes, seed), truncated)
 
     def ailment(self) -> str | None:

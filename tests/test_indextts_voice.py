@@ -24,7 +24,7 @@ from indextts_voice import (
     construct,
     make_greedy,
 )
-from vllm_engine import DeadlinePassed, Emotion, EngineLoop, Reference
+from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, Reference
 
 STOP = 8193
 HAPPY = (0.9, 0, 0, 0, 0, 0, 0, 0.1)
@@ -193,6 +193,10 @@ def test_an_utterance_is_as_long_as_its_codes_less_the_stop_and_the_one_before(o
 def test_no_codes_make_an_empty_utterance_instead_of_an_error(owner, stages, codes):
     stages.engine.codes = codes
     assert speak(owner).samples.size == 0 and not stages.called("sound")
+
+
+def test_a_text_without_tokens_is_an_empty_utterance(owner, stages):
+    assert speak(owner, "").samples.size == 0 and not stages.engine.asked
 
 
 def test_runaway_generation_ends_at_the_limit_of_its_text_and_is_told(owner, stages):
@@ -407,7 +411,7 @@ def test_an_engine_that_dies_is_told_and_fails_what_runs(owner, stages):
     future = start(owner, "x" * 100)
     until(lambda: stages.engine.running)
     stages.engine.errored = True
-    with pytest.raises(RuntimeError, match="EngineCore has died"):
+    with pytest.raises(EngineDead, match="vLLM's engine of the GPT has died"):
         future.result(5)
     until(lambda: owner.ailment() == "vLLM's engine of the GPT has died")
 

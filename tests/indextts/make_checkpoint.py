@@ -1,8 +1,9 @@
 """Makes a random IndexTTS-2 checkpoint in the layout of index-tts-vllm: for tests and figures, not for listening.
 
-    python tests/indextts/make_checkpoint.py CHECKOUT FOLDER [--full] [--codes N]
+    python tests/indextts/make_checkpoint.py CHECKOUT FOLDER [--size small|middle|full] [--codes N]
 
---full   the real dimensions, 7 GB; else the smallest that the checkout's code allows, 1.3 GB
+--size   full: the real dimensions, 7 GB; middle: a quarter of the GPT, half of each dimension after it, so that the
+         stages keep about their shares; small: the smallest that the checkout's code allows, 1.3 GB
 --codes  about how many audio codes an utterance gets (50 are a second)
 
 Two things are steered. The stop token's score follows the position, so that utterances end around --codes; and audio
@@ -35,11 +36,11 @@ SENTENCES = (
 )  # fmt: skip
 
 
-def config(full: bool) -> Any:
-    """Return config.yaml: the real one's values, or small ones where the code allows."""
+def config(size_name: str) -> Any:
+    """Return config.yaml: the real one's values, or smaller ones where the code allows."""
 
-    def size(real: int, small: int) -> int:
-        return real if full else small
+    def size(full: int, small: int, middle: int | None = None) -> int:
+        return {"full": full, "middle": middle or full // 2, "small": small}[size_name]
 
     def conformer(units: int, heads: int, blocks: int) -> dict[str, Any]:
         return {
@@ -49,7 +50,7 @@ def config(full: bool) -> Any:
 
     gpt = {
         "model_dim": DIM, "max_mel_tokens": 1815, "max_text_tokens": 600, "heads": 20, "use_mel_codes_as_input": True,
-        "mel_length_compression": 1024, "layers": size(24, 2), "number_text_tokens": 12000, "number_mel_codes": 8194,
+        "mel_length_compression": 1024, "layers": size(24, 2, 6), "number_text_tokens": 12000, "number_mel_codes": 8194,
         "start_mel_token": START, "stop_mel_token": STOP, "start_text_token": 0, "stop_text_token": 1,
         "train_solo_embeddings": False, "condition_type": "conformer_perceiver",
         "condition_module": conformer(2048, 8, 6), "emo_condition_module": conformer(1024, 4, 4),
@@ -65,7 +66,7 @@ def config(full: bool) -> Any:
         "n_codebooks": 1, "quantizer_dropout": 0.0, "f0_condition": False, "n_f0_bins": 512,
     }  # fmt: skip
     transformer = {
-        "hidden_dim": size(512, 64), "num_heads": size(8, 2), "depth": size(13, 3), "class_dropout_prob": 0.1,
+        "hidden_dim": size(512, 64), "num_heads": size(8, 2), "depth": size(13, 3, 7), "class_dropout_prob": 0.1,
         "block_size": 8192, "in_channels": 80, "style_condition": True, "final_layer_type": "wavenet",
         "target": "mel", "content_dim": size(512, 64), "content_codebook_size": 1024, "content_type": "discrete",
         "f0_condition": False, "n_f0_bins": 512, "content_codebooks": 1, "is_causal": False,
@@ -145,14 +146,15 @@ def write_prompt_tokenizer(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(named)
 
 
-def write_listeners(folder: Path, settings: Any, full: bool) -> None:
+def write_listeners(folder: Path, settings: Any, size_name: str) -> None:
     """Write w2v-bert, its statistics, the semantic codec and CAMPPlus."""
     from indextts.s2mel.modules.campplus.DTDNN import CAMPPlus
     from indextts.utils.maskgct_utils import build_semantic_codec
 
+    layers, width = {"full": (24, 4096), "middle": (17, 512), "small": (17, 64)}[size_name]  # infer() takes the 17th
     bert = transformers.Wav2Vec2BertConfig(
-        hidden_size=1024, num_hidden_layers=24 if full else 17, num_attention_heads=16,
-        intermediate_size=4096 if full else 64, feature_projection_input_dim=160, apply_spec_augment=False,
+        hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16,
+        intermediate_size=width, feature_projection_input_dim=160, apply_spec_augment=False,
     )  # fmt: skip
     transformers.Wav2Vec2BertModel(bert).save_pretrained(folder / "w2v-bert-2.0")
     transformers.SeamlessM4TFeatureExtractor().save_pretrained(folder / "w2v-bert-2.0")
@@ -164,7 +166,7 @@ def write_listeners(folder: Path, settings: Any, full: bool) -> None:
     torch.save(CAMPPlus(feat_dim=80, embedding_size=192).state_dict(), folder / "campplus" / "campplus_cn_common.bin")
 
 
-def write_sounders(folder: Path, checkout: Path, settings: Any, full: bool) -> None:
+def write_sounders(folder: Path, checkout: Path, settings: Any, size_name: str) -> None:
     """Write s2mel, BigVGAN and the emotions' examples."""
     from indextts.s2mel.modules.bigvgan import bigvgan
     from indextts.s2mel.modules.commons import MyModel
@@ -173,9 +175,14 @@ def write_sounders(folder: Path, checkout: Path, settings: Any, full: bool) -> N
     torch.save({"net": {name: s2mel.models[name].state_dict() for name in s2mel.models}}, folder / "s2mel.pth")
     (folder / "bigvgan").mkdir()
     shape = json.loads((checkout / "indextts/s2mel/modules/bigvgan/config.json").read_text())
-    if not full:
-        small = {"upsample_initial_channel": 128, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]]}
-        shape.update(small)
+    smaller = {
+        "full": {},
+        "middle": {"upsample_initial_channel": 768},
+        "small": {
+            "upsample_initial_channel": 128, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
+        },
+    }  # fmt: skip
+    shape.update(smaller[size_name])
     (folder / "bigvgan" / "config.json").write_text(json.dumps(shape))
     vocoder = bigvgan.BigVGAN(bigvgan.load_hparams_from_json(folder / "bigvgan" / "config.json"), use_cuda_kernel=False)
     torch.save({"generator": vocoder.state_dict()}, folder / "bigvgan" / "bigvgan_generator.pt")
@@ -209,18 +216,18 @@ def write_emotion_model(folder: Path) -> None:
     transformers.Qwen3ForCausalLM(shape).half().save_pretrained(folder)
 
 
-def make_checkpoint(checkout: Path, folder: Path, full: bool = False, codes: int = 30) -> None:
+def make_checkpoint(checkout: Path, folder: Path, size_name: str, codes: int) -> None:
     """Write the whole checkpoint."""
     sys.path.insert(0, str(checkout))
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = config(full)
+    settings = config(size_name)
     OmegaConf.save(settings, folder / "config.yaml")
     write_gpt(folder, settings, codes)
     write_prompt_tokenizer(folder / "gpt")
-    write_listeners(folder, settings, full)
-    write_sounders(folder, checkout, settings, full)
+    write_listeners(folder, settings, size_name)
+    write_sounders(folder, checkout, settings, size_name)
     write_text_tokenizer(folder)
     write_emotion_model(folder / settings.qwen_emo_path)
 
@@ -230,10 +237,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--size", choices=("small", "middle", "full"), default="small")
     parser.add_argument("--codes", type=int, default=30)
     given = parser.parse_args()
-    make_checkpoint(given.checkout.resolve(), given.folder, given.full, given.codes)
+    make_checkpoint(given.checkout.resolve(), given.folder, given.size, given.codes)
 
 
 if __name__ == "__main__":
