@@ -36,11 +36,18 @@ SENTENCES = (
 )  # fmt: skip
 
 
-def config(size_name: str) -> Any:
-    """Return config.yaml: the real one's values, or smaller ones where the code allows."""
+class Sizes:
+    """Picks each dimension: the real one, the smallest that works, or half of the real one where none is given."""
 
-    def size(full: int, small: int, middle: int | None = None) -> int:
-        return {"full": full, "middle": middle or full // 2, "small": small}[size_name]
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, full: int, small: int, middle: int | None = None) -> int:
+        return {"full": full, "middle": middle or full // 2, "small": small}[self.name]
+
+
+def gpt_config(size: Sizes) -> dict[str, Any]:
+    """Return the GPT's shape."""
 
     def conformer(units: int, heads: int, blocks: int) -> dict[str, Any]:
         return {
@@ -48,17 +55,17 @@ def config(size_name: str) -> Any:
             "num_blocks": size(blocks, 1), "input_layer": "conv2d2", "perceiver_mult": 2,
         }  # fmt: skip
 
-    gpt = {
+    return {
         "model_dim": DIM, "max_mel_tokens": 1815, "max_text_tokens": 600, "heads": 20, "use_mel_codes_as_input": True,
         "mel_length_compression": 1024, "layers": size(24, 2, 6), "number_text_tokens": 12000, "number_mel_codes": 8194,
         "start_mel_token": START, "stop_mel_token": STOP, "start_text_token": 0, "stop_text_token": 1,
         "train_solo_embeddings": False, "condition_type": "conformer_perceiver",
         "condition_module": conformer(2048, 8, 6), "emo_condition_module": conformer(1024, 4, 4),
     }  # fmt: skip
-    codec = {
-        "codebook_size": 8192, "hidden_size": 1024, "codebook_dim": 8, "vocos_dim": size(384, 48),
-        "vocos_intermediate_dim": size(2048, 64), "vocos_num_layers": size(12, 2),
-    }  # fmt: skip
+
+
+def s2mel_config(size: Sizes) -> dict[str, Any]:
+    """Return the flow matching's shape."""
     spectrum = {"n_fft": 1024, "win_length": 1024, "hop_length": 256, "n_mels": 80, "fmin": 0, "fmax": "None"}
     regulator = {
         "channels": size(512, 64), "is_discrete": False, "in_channels": 1024,
@@ -77,15 +84,23 @@ def config(size_name: str) -> Any:
         "hidden_dim": size(512, 64), "num_layers": size(8, 2), "kernel_size": 5, "dilation_rate": 1,
         "p_dropout": 0.2, "style_condition": True,
     }  # fmt: skip
-    s2mel = {
+    return {
         "preprocess_params": {"sr": 22050, "spect_params": spectrum}, "dit_type": "DiT", "reg_loss_type": "l1",
         "style_encoder": {"dim": 192}, "length_regulator": regulator, "DiT": transformer, "wavenet": wavenet,
     }  # fmt: skip
+
+
+def config(size: Sizes) -> Any:
+    """Return config.yaml: the real one's values, or smaller ones where the code allows."""
+    codec = {
+        "codebook_size": 8192, "hidden_size": 1024, "codebook_dim": 8, "vocos_dim": size(384, 48),
+        "vocos_intermediate_dim": size(2048, 64), "vocos_num_layers": size(12, 2),
+    }  # fmt: skip
     return OmegaConf.create({
-        "dataset": {"bpe_model": "bpe.model", "sample_rate": 24000}, "gpt": gpt, "semantic_codec": codec,
-        "s2mel": s2mel, "gpt_checkpoint": "gpt.pth", "s2mel_checkpoint": "s2mel.pth",
-        "w2v_stat": "wav2vec2bert_stats.pt", "emo_matrix": "feat2.pt", "spk_matrix": "feat1.pt",
-        "emo_num": [3, 17, 2, 8, 4, 5, 10, 24], "qwen_emo_path": "qwen0.6bemo4-merge/",
+        "dataset": {"bpe_model": "bpe.model", "sample_rate": 24000}, "gpt": gpt_config(size),
+        "semantic_codec": codec, "s2mel": s2mel_config(size), "gpt_checkpoint": "gpt.pth",
+        "s2mel_checkpoint": "s2mel.pth", "w2v_stat": "wav2vec2bert_stats.pt", "emo_matrix": "feat2.pt",
+        "spk_matrix": "feat1.pt", "emo_num": [3, 17, 2, 8, 4, 5, 10, 24], "qwen_emo_path": "qwen0.6bemo4-merge/",
         "vocoder": {"type": "bigvgan", "name": "bigvgan"}, "version": 2.0,
     })  # fmt: skip
 
@@ -146,15 +161,14 @@ def write_prompt_tokenizer(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(named)
 
 
-def write_listeners(folder: Path, settings: Any, size_name: str) -> None:
+def write_listeners(folder: Path, settings: Any, size: Sizes) -> None:
     """Write w2v-bert, its statistics, the semantic codec and CAMPPlus."""
     from indextts.s2mel.modules.campplus.DTDNN import CAMPPlus
     from indextts.utils.maskgct_utils import build_semantic_codec
 
-    layers, width = {"full": (24, 4096), "middle": (17, 512), "small": (17, 64)}[size_name]  # infer() takes the 17th
     bert = transformers.Wav2Vec2BertConfig(
-        hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16,
-        intermediate_size=width, feature_projection_input_dim=160, apply_spec_augment=False,
+        hidden_size=1024, num_hidden_layers=size(24, 17, 17), num_attention_heads=16,
+        intermediate_size=size(4096, 64, 512), feature_projection_input_dim=160, apply_spec_augment=False,
     )  # fmt: skip
     transformers.Wav2Vec2BertModel(bert).save_pretrained(folder / "w2v-bert-2.0")
     transformers.SeamlessM4TFeatureExtractor().save_pretrained(folder / "w2v-bert-2.0")
@@ -166,7 +180,7 @@ def write_listeners(folder: Path, settings: Any, size_name: str) -> None:
     torch.save(CAMPPlus(feat_dim=80, embedding_size=192).state_dict(), folder / "campplus" / "campplus_cn_common.bin")
 
 
-def write_sounders(folder: Path, checkout: Path, settings: Any, size_name: str) -> None:
+def write_sounders(folder: Path, checkout: Path, settings: Any, size: Sizes) -> None:
     """Write s2mel, BigVGAN and the emotions' examples."""
     from indextts.s2mel.modules.bigvgan import bigvgan
     from indextts.s2mel.modules.commons import MyModel
@@ -175,14 +189,9 @@ def write_sounders(folder: Path, checkout: Path, settings: Any, size_name: str) 
     torch.save({"net": {name: s2mel.models[name].state_dict() for name in s2mel.models}}, folder / "s2mel.pth")
     (folder / "bigvgan").mkdir()
     shape = json.loads((checkout / "indextts/s2mel/modules/bigvgan/config.json").read_text())
-    smaller = {
-        "full": {},
-        "middle": {"upsample_initial_channel": 768},
-        "small": {
-            "upsample_initial_channel": 128, "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]],
-        },
-    }  # fmt: skip
-    shape.update(smaller[size_name])
+    shape["upsample_initial_channel"] = size(1536, 128)
+    if size.name == "small":
+        shape.update(resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]])
     (folder / "bigvgan" / "config.json").write_text(json.dumps(shape))
     vocoder = bigvgan.BigVGAN(bigvgan.load_hparams_from_json(folder / "bigvgan" / "config.json"), use_cuda_kernel=False)
     torch.save({"generator": vocoder.state_dict()}, folder / "bigvgan" / "bigvgan_generator.pt")
@@ -222,12 +231,13 @@ def make_checkpoint(checkout: Path, folder: Path, size_name: str, codes: int) ->
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = config(size_name)
+    size = Sizes(size_name)
+    settings = config(size)
     OmegaConf.save(settings, folder / "config.yaml")
     write_gpt(folder, settings, codes)
     write_prompt_tokenizer(folder / "gpt")
-    write_listeners(folder, settings, size_name)
-    write_sounders(folder, checkout, settings, size_name)
+    write_listeners(folder, settings, size)
+    write_sounders(folder, checkout, settings, size)
     write_text_tokenizer(folder)
     write_emotion_model(folder / settings.qwen_emo_path)
 
