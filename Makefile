@@ -50,6 +50,11 @@ test-indextts: $(INDEXTTS_VENV)/installed ## prove the indextts engine on a real
 	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
 	INDEXTTS_CHECKOUT=$(INDEXTTS_CHECKOUT) $(INDEXTTS_VENV)/bin/python -m pytest -v tests/indextts
 
+.PHONY: test-omni
+test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random models (5 GB in the user's cache, 30 minutes)
+	@venv=$$($(PYTHON) tests/omni/install.py) && \
+	PYTHONPATH=. "$$venv/bin/python" -m pytest -rA --tb=short --show-capture=no tests/omni
+
 .PHONY: bench
 bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
 	$(BIN)/python benchmarks/figures.py

@@ -46,6 +46,7 @@ class Kind:
 
     name: str
     model_type: str
+    architecture: str
     weights: tuple[str, ...]
     prompt_overhead: int  # prompt tokens that are not text: voice, start and stop
     codes_per_s: int
@@ -57,12 +58,14 @@ COMMON_WEIGHTS = ("gpt.pth", "s2mel.pth", "wav2vec2bert_stats.pt", "feat1.pt", "
 WHOLE_PREFILL = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2560}  # the talker takes a prompt in one
 KINDS = {
     "indextts2": Kind(
-        "IndexTTS-2", "indextts2", ("bpe.model", *COMMON_WEIGHTS), 37, 50, (1.0, 1.0),
-        (WHOLE_PREFILL, {"max_num_seqs": 1}),  # two at once end its decoder
+        "IndexTTS-2", "indextts2", "IndexTTS2TalkerForConditionalGeneration", ("bpe.model", *COMMON_WEIGHTS),
+        prompt_overhead=37, codes_per_s=50, speed_range=(1.0, 1.0),
+        overrides=(WHOLE_PREFILL, {"max_num_seqs": 1}),  # two at once end its decoder
     ),
     "indextts2_5": Kind(
-        "IndexTTS-2.5", "indextts2_5", ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
-        6, 25, (0.5, 2.0), (WHOLE_PREFILL, {}),
+        "IndexTTS-2.5", "indextts2_5", "IndexTTS25TalkerForConditionalGeneration",
+        ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
+        prompt_overhead=6, codes_per_s=25, speed_range=(0.5, 2.0), overrides=(WHOLE_PREFILL, {}),
     ),
 }  # fmt: skip
 
@@ -92,7 +95,7 @@ class OmniVoice:
         build = import_engine()
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
-        profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
+        profile = deploy_config or write_profile(Path(scratch.name), folder, kind, gpu_memory_utilization)
         try:
             engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
         except Exception as error:
@@ -101,14 +104,14 @@ class OmniVoice:
 
     def count_tokens(self, text: str) -> int:
         """Return the text tokens of an utterance as the model reads it, numbers written out."""
-        return self._prompt_tokens(write_out(text)) - self._kind.prompt_overhead
+        return self._prompt_tokens(write_out(text)) - self._kind.prompt_overhead if text.strip() else 0
 
     async def speak(
         self, text: str, reference: Reference, *, emotion: Emotion, speed: float, seed: int | None
     ) -> Spoken:
         """Speak one utterance; raise ValueError where it would end the engine, EngineDead where it is dead."""
         tokens = self.count_tokens(text)
-        if not text.strip() or tokens > self.max_utterance_tokens:
+        if not 0 < tokens <= self.max_utterance_tokens:
             raise ValueError(f"an utterance has 1 to {self.max_utterance_tokens} tokens, not {tokens}")
         written = write_out(text)
         prompt = {
@@ -119,8 +122,10 @@ class OmniVoice:
 
     def ailment(self) -> str | None:
         """Return None, or which part of the engine is dead."""
+        from vllm_omni.entrypoints.omni_base import OmniBase
+
         try:
-            self._engine.check_health()
+            OmniBase.check_health(self._engine)  # AsyncOmni's own says the same, but to who awaits it
         except Exception as error:
             return f"vLLM-Omni: {error}"
         return None
@@ -139,7 +144,7 @@ class OmniVoice:
         from vllm_omni.model_executor.models.indextts2.prompt_utils import estimate_indextts2_prefill_prompt_len
 
         return estimate_indextts2_prefill_prompt_len(
-            str(self._folder), written or " ", model_type=self._kind.model_type, lang=language(written),
+            str(self._folder), written, model_type=self._kind.model_type, lang=language(written),
             text_normalization=False,
         )  # fmt: skip
 
@@ -226,7 +231,7 @@ def write_out(text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234 would be read as one, two hundred thirty-four
     cleaned = grammars.clean_indextts25_text(text)
     try:
-        return grammars._normalize_with_official_backend(cleaned, language(cleaned))
+        return grammars._normalize_with_official_backend(cleaned, language(cleaned)).strip() or cleaned
     except Exception:
         log.exception("a text of %d characters is spoken as it stands", len(text))
         return cleaned
@@ -316,10 +321,16 @@ def deploy_profile(kind: Kind, gpu_memory_utilization: float) -> dict[str, Any]:
     return profile
 
 
-def write_profile(folder: Path, kind: Kind, gpu_memory_utilization: float) -> Path:
-    """Write the deploy profile to a file and return it."""
-    file = folder / "deploy.json"
-    file.write_text(json.dumps(deploy_profile(kind, gpu_memory_utilization)))  # which is YAML too
+def write_profile(scratch: Path, folder: Path, kind: Kind, gpu_memory_utilization: float) -> Path:
+    """Write the deploy profile to a file and return it, with a config.json beside it where the model has none."""
+    profile = deploy_profile(kind, gpu_memory_utilization)
+    if not (folder / "config.json").exists():
+        named = {"model_type": kind.model_type, "architectures": [kind.architecture]}
+        (scratch / "config.json").write_text(json.dumps(named))
+        for stage in profile["stages"]:
+            stage["hf_config_path"] = str(scratch)
+    file = scratch / "deploy.json"
+    file.write_text(json.dumps(profile))  # which is YAML too
     return file
 
 

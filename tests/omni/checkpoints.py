@@ -163,7 +163,7 @@ def save_vocoder(folder: Path) -> None:
 def save_emotions(folder: Path, config: dict, dim: int) -> None:
     """Save the tables of emotions and of the speakers they are chosen by."""
     rows = sum(config["emo_num"])
-    torch.save(torch.randn(rows, dim) * 0.02, folder / "feat2.pt")
+    torch.save(torch.randn(rows, dim), folder / "feat2.pt")
     torch.save(torch.randn(rows, SPEAKER_DIM), folder / "feat1.pt")
 
 
@@ -181,12 +181,10 @@ def conformer() -> ConformerEncoder:
 
 
 def perceiver(dim: int, latents: int) -> PerceiverResampler:
-    """Return a resampler with weights in it: its own initial ones are whatever the memory held."""
-    model = PerceiverResampler(dim, dim_context=ENCODER["output_size"], ff_mult=2,
-                               heads=ENCODER["attention_heads"], num_latents=latents)  # fmt: skip
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape) * 0.02
-    return model
+    """Return a resampler of an encoder's output."""
+    return PerceiverResampler(
+        dim, dim_context=ENCODER["output_size"], ff_mult=2, heads=ENCODER["attention_heads"], num_latents=latents
+    )
 
 
 def voice_parts(config: dict) -> dict[str, nn.Module]:
@@ -219,6 +217,7 @@ def save_talker(folder: Path, config: dict, voice: dict[str, nn.Module]) -> None
     state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     blocks = GPT2Model(GPT2Config(vocab_size=8, n_positions=16, n_embd=dim, n_layer=LAYERS, n_head=gpt["heads"]))
     state |= {f"gpt.{key}": value for key, value in blocks.state_dict().items() if not key.startswith(("wte", "wpe"))}
+    state["emovec_layer.weight"] *= 20  # or the emotion of an audio would not be heard
     let_it_end(state, dim, gpt["stop_mel_token"])
     torch.save(state, folder / "gpt.pth")
 
