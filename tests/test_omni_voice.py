@@ -1,4 +1,4 @@
-"""omni_voice.py without vLLM: settings that are wrong, files that are missing, languages. tests/omni has the rest."""
+"""omni_voice.py and omni_model.py without vLLM: wrong settings, missing files, languages; tests/omni has the rest."""
 
 import asyncio
 import json
@@ -7,7 +7,8 @@ import sys
 import pytest
 
 import omni_voice
-from omni_voice import KINDS, LoadError, OmniVoice
+from omni_model import KINDS, LoadError, check_weights, explain, find_kind
+from omni_voice import OmniVoice
 
 
 def create(model, deploy_config=None):
@@ -58,15 +59,15 @@ def test_a_missing_deploy_file_is_named(model, tmp_path):
 
 def test_missing_packages_are_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm_omni", None)
-    with pytest.raises(LoadError, match="TTS_ENGINE=omni needs vllm and vllm-omni"):
+    with pytest.raises(LoadError, match="TTS_ENGINE=omni needs the packages vllm and vllm-omni"):
         create(model)
 
 
 def test_the_two_models_are_told_apart_with_and_without_a_config(model):
-    kind = omni_voice.find_kind(model)
+    kind = find_kind(model)
     assert kind.model_type == json.loads((model / "config.json").read_text())["model_type"]
     (model / "config.json").unlink()
-    assert omni_voice.find_kind(model) == kind
+    assert find_kind(model) == kind
 
 
 def test_weights_may_lie_in_a_folder_of_their_own(model):
@@ -74,7 +75,7 @@ def test_weights_may_lie_in_a_folder_of_their_own(model):
     for name in KINDS["indextts2"].weights + KINDS["indextts2_5"].weights:
         if (model / name).exists():
             (model / name).rename(model / "checkpoints" / name)
-    omni_voice.check_weights(model, omni_voice.find_kind(model))
+    check_weights(model, find_kind(model))
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,8 @@ def test_short_memory_names_the_setting(error):
     try:
         raise RuntimeError("Orchestrator initialization failed") from error
     except RuntimeError as raised:
-        assert "TTS_GPU_MEMORY_UTILIZATION" in omni_voice.explain(raised)
+        assert "TTS_GPU_MEMORY_UTILIZATION" in explain(raised)
 
 
 def test_another_error_at_the_start_is_told_as_it_is():
-    assert omni_voice.explain(KeyError("gpt")) == "vLLM-Omni did not start: 'gpt'"
+    assert explain(KeyError("gpt")) == "vLLM-Omni did not start: 'gpt'"

@@ -1,4 +1,4 @@
-"""The small random checkpoints, and the deploy profile of omni_voice.py made fit for a CPU."""
+"""The small random checkpoints, and the deploy profile of omni_model.py made fit for a CPU."""
 
 import json
 import shutil
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from install import HERE, cache_folder, checksum
+
+from omni_model import KINDS, deploy_profile
 
 CPU_STAGE = {
     "dtype": "float32", "enforce_eager": True, "async_scheduling": False, "kv_cache_memory_bytes": 256 << 20,
@@ -31,9 +33,7 @@ def make_checkpoints() -> Path:
 
 
 def write_cpu_profile(file: Path, model_type: str) -> Path:
-    """Write omni_voice.py's deploy profile of a model with what a CPU does without or wants besides."""
-    from omni_voice import KINDS, deploy_profile
-
+    """Write omni_model.py's deploy profile of a model with what a CPU does without or wants besides."""
     profile = deploy_profile(KINDS[model_type], 0.2)
     talker, decoder = profile["stages"]
     for stage in (talker, decoder):
