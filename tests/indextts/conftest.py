@@ -63,7 +63,10 @@ def plain_weights(weights, tmp_path_factory):
 @pytest.fixture(scope="module")
 def start_server(checkout, plain_weights, tmp_path_factory):
     """Start gunicorn with TTS_ENGINE=indextts; give the server."""
-    given = {"TTS_ENGINE": "indextts", "TTS_INDEXTTS_DIR": str(checkout), "TTS_MODEL_DIR": str(plain_weights)}
+    given = {
+        "TTS_ENGINE": "indextts", "TTS_INDEXTTS_DIR": str(checkout), "TTS_MODEL_DIR": str(plain_weights),
+        "TTS_CACHE_BYTES": "0",
+    }  # fmt: skip
     with contextlib.ExitStack() as servers:
 
         def start(**environment):
