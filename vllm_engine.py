@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 PLUGIN = "speech_server"  # the name of vllm_plugin.py's entry point in speech_server.dist-info
 WATCH_S = 0.5  # between two looks at the engine's processes
 CLOSE_TIMEOUT_S = 10  # for the engine to let go of its processes before they are killed
+PASSING = (b"resource_tracker", b"audio_decoder.py")  # processes that are not the engine's: Python's bookkeeper, ours
 
 log = logging.getLogger("speech.vllm")
 
@@ -250,13 +251,13 @@ def is_alive(pid: int) -> bool:
 
 
 def vital_name(pid: int) -> str | None:
-    """Return a process's name, None for Python's own bookkeeper, without which an engine goes on."""
+    """Return a process's name, None for one without which an engine goes on."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return None
-    return None if b"resource_tracker" in command else name
+    return None if any(each in command for each in PASSING) else name
 
 
 def end_processes(pids: dict[int, str], timeout_s: float) -> None:
