@@ -18,7 +18,7 @@ import threading
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -38,7 +38,7 @@ CACHED = 64  # uploads kept decoded: 15 s are 1.4 MB
 log = logging.getLogger("speech.references")
 
 
-def to_wav(file: io.IOBase) -> bytes:
+def to_wav(file: IO[bytes]) -> bytes:
     """Return a client's file as a mono s16 WAV of at most KEPT_S; raise BadReference where it is no usable speech."""
     with DECODERS:
         samples, rate = decode(file.read(), KEPT_S)
@@ -82,8 +82,8 @@ class Uploads:
         remove_unfinished(self._folder)
         threading.Thread(target=self._keep_tidy, name="uploads", daemon=True).start()
 
-    def add(self, file: io.IOBase) -> str:
-        """Keep a client's file; return the token that means it. Raises BadReference and OSError."""
+    def add(self, file: IO[bytes]) -> tuple[str, int]:
+        """Keep a client's file; return the token that means it and its bytes. Raises BadReference and OSError."""
         wav = to_wav(file)
         digest = hashlib.sha256(wav).hexdigest()
         path = self._path(digest)
@@ -93,7 +93,7 @@ class Uploads:
             else:
                 write_whole(path, wav)
         self.expire()
-        return f"uploads/{digest}.wav"
+        return f"uploads/{digest}.wav", len(wav)
 
     def find(self, token: str) -> Reference | None:
         """Return the audio that a token means, None for what is no token; raise BadReference for one that expired."""
@@ -171,12 +171,12 @@ class OwnVoices:
         """Return the voices, the oldest first."""
         return sorted(self._voices.values(), key=lambda voice: (voice.created_at, voice.id))
 
-    def add(self, name: str, consent: str, file: io.IOBase) -> OwnVoice:
+    def add(self, name: str, consent: str, file: IO[bytes]) -> OwnVoice:
         """Make a voice of a client's recording; raise BadReference and OSError."""
         wav = to_wav(file)
         with self._lock:
             if len(self._voices) >= self._limit:
-                raise BadReference(f"is one too many: there are {self._limit} voices; delete one")
+                raise BadReference(f"cannot become a voice: there are {self._limit} already; delete one first")
             audio = self._folder / f"voice_{secrets.token_hex(12)}.wav"
             voice = OwnVoice(audio.stem, name, consent, int(time.time()), audio)
             try:
