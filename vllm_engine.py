@@ -125,7 +125,8 @@ class EngineLoop:
         before = set(descendants(os.getpid()))
         threading.Thread(target=self._run, name="engine-loop", daemon=True).start()
         self.voice = asyncio.run_coroutine_threadsafe(create(), self._loop).result()
-        self._processes = {pid: name for pid in set(descendants(os.getpid())) - before if (name := vital_name(pid))}
+        started = filter(is_alive, set(descendants(os.getpid())) - before)  # a dead one may have changed parents
+        self._processes = {pid: name for pid in started if (name := vital_name(pid))}
         log.info("engine processes: %s", self._processes or "none")
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         return self.voice
