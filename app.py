@@ -65,7 +65,7 @@ from pydantic import (
     model_validator,
 )
 from werkzeug.datastructures import FileStorage
-from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 from access import WRONG_KEYS_S, ForwardedAddress, Keys, WrongKeys
 from metrics import Metrics
@@ -486,6 +486,9 @@ def recording(param: str) -> FileStorage:
     if file is None:
         told = f"'{param}': send the recording as this field of a multipart/form-data body."
         raise InvalidRequest(told, param, "missing_required_parameter")
+    if file.seek(0, io.SEEK_END) > limit:
+        raise RequestEntityTooLarge()
+    file.seek(0)
     return file
 
 
@@ -1629,7 +1632,7 @@ def list_audio_models() -> Response:
 def describe_api() -> Response:
     """The OpenAPI description."""
     audio = [fmt.content_type for fmt in FORMATS.values()]
-    return jsonify(describe("Speech server", RELEASE, SpeechRequest, NativeRequest, audio))
+    return jsonify(describe("Speech server", RELEASE, [SpeechRequest, NativeRequest, CloningRequest], audio))
 
 
 @api.get("/metrics")
