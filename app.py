@@ -481,8 +481,6 @@ def recording(param: str) -> FileStorage:
     if not engine.can_clone:  # told once the body is read: a client that still sends might not hear it
         told = f"'{param}': the {engine.name} engine cannot clone a voice; it speaks in those of GET /v1/audio/voices."
         raise InvalidRequest(told, param, "cannot_clone")
-    if reason := speech().ailment():
-        raise Unavailable(f"The service takes no recordings now: {reason}.")
     if file is None:
         told = f"'{param}': send the recording as this field of a multipart/form-data body."
         raise InvalidRequest(told, param, "missing_required_parameter")
@@ -1219,6 +1217,7 @@ class Order:
     reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
     unspoken: str = ""  # its letters that the engine does not read
+    patient: bool = False  # waits while the engine loads: the dubbing worker gives up after 6 s of refusals
     origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
@@ -1315,6 +1314,7 @@ class Speech:
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
         with self._admitted(len(order.text)):
+            self._await_loading(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
                 pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
@@ -1324,8 +1324,6 @@ class Speech:
 
     @contextmanager
     def _admitted(self, characters: int) -> Iterator[None]:
-        if reason := self.ailment():
-            raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
         with self._lock:
             full = self._requests >= self.settings.queue_requests
             too_much = self._requests and self._characters + characters > self.settings.queue_characters
@@ -1339,6 +1337,16 @@ class Speech:
             with self._lock:
                 self._requests -= 1
                 self._characters -= characters
+
+    def _await_loading(self, order: Order) -> None:
+        """Wait while the engine loads, if the order is patient; raise Unavailable where it cannot be spoken."""
+        deadline = time.monotonic() + self.settings.utterance_timeout_s
+        while order.patient and self.trouble == "loading" and time.monotonic() < deadline:
+            if order.is_gone():
+                raise ClientGone
+            time.sleep(CLIENT_CHECK_S)
+        if reason := self.ailment():
+            raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
@@ -1669,7 +1677,10 @@ def native_order(
     """Return what a native call asks for, at the engine's rate as every answer of its kind."""
     full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
     rate = speech().engine.sample_rate
-    return Order(body.text, voice, 1.0, rate, full, emotion=emotion, reference=reference, is_gone=watch_client())
+    return Order(
+        body.text, voice, 1.0, rate, full,
+        emotion=emotion, reference=reference, is_gone=watch_client(), patient=True,
+    )  # fmt: skip
 
 
 def resolve_speaker(path: str) -> tuple[Voice, Reference | None]:

@@ -31,7 +31,7 @@ class Server:
     repository = REPOSITORY
 
     def __init__(self, log: Path, app: str = "app:create_app()", **environment: str):
-        self.port, self.log = free_port(), log
+        self.port, self.log = int(environment.get("PORT") or free_port()), log
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
         self.process = subprocess.Popen(
