@@ -253,6 +253,17 @@ class UnknownVoice(SpeechError):
     code = "voice_not_found"
 
 
+class TooLarge(SpeechError):
+    """413: a recording of more bytes than are taken."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+    def __init__(self, limit: int):
+        super().__init__(f"The recording is too large: this server takes TTS_MAX_UPLOAD_BYTES, {limit} bytes.")
+
+
 class NoSpace(SpeechError):
     """507: a recording could not be written."""
 
@@ -473,11 +484,14 @@ def received(param: str) -> Iterator[FileStorage]:
 
 
 def recording(param: str) -> FileStorage:
-    """Return the file in a multipart body; raise InvalidRequest, or let werkzeug raise 413."""
+    """Return the file in a multipart body; raise InvalidRequest or TooLarge."""
     engine, limit = speech().engine, speech().settings.max_upload_bytes
     request.max_content_length = limit + MULTIPART_BYTES
-    with reading():
-        file = request.files.get(param)
+    try:
+        with reading():
+            file = request.files.get(param)
+    except RequestEntityTooLarge:
+        raise TooLarge(limit) from None
     if not engine.can_clone:  # told once the body is read: a client that still sends might not hear it
         told = f"'{param}': the {engine.name} engine cannot clone a voice; it speaks in those of GET /v1/audio/voices."
         raise InvalidRequest(told, param, "cannot_clone")
@@ -485,7 +499,7 @@ def recording(param: str) -> FileStorage:
         told = f"'{param}': send the recording as this field of a multipart/form-data body."
         raise InvalidRequest(told, param, "missing_required_parameter")
     if file.seek(0, io.SEEK_END) > limit:
-        raise RequestEntityTooLarge()
+        raise TooLarge(limit)
     file.seek(0)
     return file
 

@@ -155,7 +155,9 @@ class TestUploads:
 
     def test_a_body_over_the_limit_is_refused(self, start, tmp_path):
         client = start(max_upload_bytes=100_000)
-        assert upload(client).status_code == 413
+        for seconds in (3, 30):
+            response = upload(client, wav(speech_like(seconds)))
+            assert response.status_code == 413 and "TTS_MAX_UPLOAD_BYTES, 100000" in response.json["error"]
         assert upload(client, wav(speech_like(1.5))).status_code == 200
 
     def test_a_full_disk_is_told_and_leaves_nothing(self, cloner, tmp_path, monkeypatch):
