@@ -59,6 +59,10 @@ test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random mode
 bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
 	$(BIN)/python benchmarks/figures.py
 
+.PHONY: bench-deploy
+bench-deploy: install-test ## print how long deploying, failing to and rolling back put the server out of service
+	$(BIN)/python benchmarks/deploy.py
+
 .PHONY: bench-peers
 bench-peers: install ## race this server against kokoro-cli and fastkokoro, which it installs in the user's cache folder
 	$(BIN)/python benchmarks/peers.py

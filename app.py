@@ -76,7 +76,8 @@ from scheduling import Cancellation, Claim, Jobs, Slots
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 
 HERE = Path(__file__).resolve().parent
-RELEASE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # /health shows it: which app.py is this
+MANIFEST = HERE / "release.sha256"  # the checksums of all files of a deployed release
+RELEASE = hashlib.sha256((MANIFEST if MANIFEST.exists() else Path(__file__)).read_bytes()).hexdigest()[:12]
 log = logging.getLogger("speech")
 
 
