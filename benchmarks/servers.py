@@ -110,4 +110,4 @@ def own_server(app: str = "app:create_app()", **settings: str) -> Server:
     argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
     # Every request is to be made: some benches send one text again and again.
     env = {"HOST": "127.0.0.1", "PORT": str(port), "TTS_CACHE_BYTES": "0", **settings}
-    return Server(argv, port, env)
+    return Server(argv, port, env, RESULTS / f"{'-'.join(['server', *settings.values()])}.log")

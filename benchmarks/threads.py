@@ -1,0 +1,80 @@
+"""Threads and cores: which TTS_THREADS x TTS_SLOTS serves one client, four and eight best, and a short text best.
+
+    python benchmarks/threads.py [--rounds 3]
+
+All the servers run at once and take turns: one that is not asked takes no CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+
+from client import Run, Target, race, speak
+from figures import fairness
+from servers import leave_on_term, own_server
+from tables import markdown, save, spread
+from texts import Texts
+
+WAYS = [(1, 2), (2, 1), (2, 2)]  # threads, slots
+CLIENTS = (1, 4, 8)
+HEADER = ["threads x slots", "clients", "audio s per s", "first 200 ms s", "whole s", "audio per s, against 2 x 1"]
+BASE = "2 x 1"
+FAIR_HEADER = ["threads x slots", "10 characters beside 4,000: whole s", "times alone"]
+
+
+def rows(clients: int, runs: dict[str, list[Run]]) -> list[list[str]]:
+    """Return one row a way."""
+    return [
+        [
+            name,
+            str(clients),
+            spread(run.speed for run in each),
+            spread(run.median("first_audio_s") for run in each),
+            spread(run.median("total_s") for run in each),
+            spread(run.speed / base.speed for run, base in zip(each, runs[BASE], strict=True)),
+        ]
+        for name, each in runs.items()
+    ]
+
+
+def fairness_rows(targets: list[Target], texts: Texts, rounds: int) -> list[list[str]]:
+    """Return how a short text fares beside a long one, the ways in turns."""
+    pairs = [(target.name, *fairness(target, texts)) for _ in range(rounds) for target in targets]
+    return [
+        [
+            target.name,
+            spread(beside.median("total_s") for name, _, beside in pairs if name == target.name),
+            spread(beside.median("total_s") / alone.median("total_s") for name, alone, beside in pairs
+                   if name == target.name),
+        ]
+        for target in targets
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Start one server a way, measure in turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="of the loads")
+    parser.add_argument("--fair-rounds", type=int, default=2, help="of a short text beside a long one")
+    args = parser.parse_args()
+    leave_on_term()
+    texts, targets = Texts(), []
+    with ExitStack() as running:
+        for threads, slots in WAYS:
+            server = own_server(TTS_THREADS=str(threads), TTS_SLOTS=str(slots))
+            targets.append(Target(f"{threads} x {slots}", running.enter_context(server).url))
+            speak(targets[-1], "One sentence that is not counted.")
+        runs = {
+            clients: race(targets, [texts.take_many("en", 100, clients) for _ in range(args.rounds)], clients)
+            for clients in CLIENTS
+        }
+        fair = fairness_rows(targets, texts, args.fair_rounds)
+    print(markdown(HEADER, [row for clients in CLIENTS for row in rows(clients, runs[clients])]))
+    print(f"\n{args.rounds} rounds, medians (least to most)\n")
+    print(markdown(FAIR_HEADER, fair))
+    print(f"\n{save('threads', {'runs': runs, 'fairness': fair})}")
+
+
+if __name__ == "__main__":
+    main()
