@@ -1,6 +1,6 @@
 """Threads and cores: which TTS_THREADS x TTS_SLOTS serves one client, four and eight best, and a short text best.
 
-    python benchmarks/threads.py [--rounds 3]
+    python benchmarks/threads.py [--rounds 3] [--characters 100]
 
 All the servers run at once and take turns: one that is not asked takes no CPU.
 """
@@ -40,22 +40,22 @@ def rows(clients: int, runs: dict[str, list[Run]]) -> list[list[str]]:
 
 def fairness_rows(targets: list[Target], texts: Texts, rounds: int) -> list[list[str]]:
     """Return how a short text fares beside a long one, the ways in turns."""
-    pairs = [(target.name, *fairness(target, texts)) for _ in range(rounds) for target in targets]
+    pairs: dict[str, list[tuple[float, float]]] = {target.name: [] for target in targets}
+    for _ in range(rounds):
+        for target in targets:
+            alone, beside = (run.median("total_s") for run in fairness(target, texts))
+            pairs[target.name].append((alone, beside))
     return [
-        [
-            target.name,
-            spread(beside.median("total_s") for name, _, beside in pairs if name == target.name),
-            spread(beside.median("total_s") / alone.median("total_s") for name, alone, beside in pairs
-                   if name == target.name),
-        ]
-        for target in targets
-    ]  # fmt: skip
+        [name, spread(beside for _, beside in each), spread(beside / alone for alone, beside in each)]
+        for name, each in pairs.items()
+    ]
 
 
 def main() -> None:
     """Start one server a way, measure in turns, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of the loads")
+    parser.add_argument("--characters", type=int, default=100, help="of a text of the loads")
     parser.add_argument("--fair-rounds", type=int, default=2, help="of a short text beside a long one")
     args = parser.parse_args()
     leave_on_term()
@@ -65,10 +65,10 @@ def main() -> None:
             server = own_server(TTS_THREADS=str(threads), TTS_SLOTS=str(slots))
             targets.append(Target(f"{threads} x {slots}", running.enter_context(server).url))
             speak(targets[-1], "One sentence that is not counted.")
-        runs = {
-            clients: race(targets, [texts.take_many("en", 100, clients) for _ in range(args.rounds)], clients)
-            for clients in CLIENTS
-        }
+        runs = {}
+        for clients in CLIENTS:
+            rounds = [texts.take_many("en", args.characters, clients) for _ in range(args.rounds)]
+            runs[clients] = race(targets, rounds, clients)
         fair = fairness_rows(targets, texts, args.fair_rounds)
     print(markdown(HEADER, [row for clients in CLIENTS for row in rows(clients, runs[clients])]))
     print(f"\n{args.rounds} rounds, medians (least to most)\n")
