@@ -49,7 +49,7 @@ def draw_load(results: list[Result]) -> None:
     loads = series(results, "clients", language="en", characters=100, response_format="pcm")
     clients = [result["case"]["clients"] for result in loads]
     figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
-    left.plot(clients, [speed(result) for result in loads], "o-", color=COLOURS["en"])
+    left.plot(clients, list(map(speed, loads)), "o-", color=COLOURS["en"])
     left.set_ylabel("audio seconds per second")
     for name, label, colour in [("first_audio_s", "first 200 ms", "en"), ("total_s", "whole answer", "zh")]:
         right.plot(clients, [figure_of(each, name) for each in loads], "o-", color=COLOURS[colour], label=label)
@@ -62,17 +62,18 @@ def draw_load(results: list[Result]) -> None:
 
 
 def draw_first_audio(results: list[Result]) -> None:
-    """Draw the first 200 ms of audio, and the whole answer, against the length of the text."""
-    figure, panels = plt.subplots(1, 2, figsize=SIZE)
-    for axes, name, label in zip(panels, ("first_audio_s", "total_s"), ("first 200 ms", "whole answer"), strict=True):
-        for language in LANGUAGES:
-            alone = series(results, "characters", language=language, clients=1, response_format="pcm")
-            lengths, seconds = [each["case"]["characters"] for each in alone], [figure_of(each, name) for each in alone]
-            axes.plot(lengths, seconds, "o-", color=COLOURS[language], label=language)
-        axes.set_ylabel(f"{label}, seconds")
-        finish(axes, "characters", [10, 100, 1000, 4000])
-    panels[1].set_yscale("log")
-    panels[0].legend(frameon=False)
+    """Draw the first 200 ms of audio, and the throughput of one client, against the length of the text."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
+    for language in LANGUAGES:
+        alone = series(results, "characters", language=language, clients=1, response_format="pcm")
+        lengths, look = [each["case"]["characters"] for each in alone], {"color": COLOURS[language], "label": language}
+        left.plot(lengths, [figure_of(each, "first_audio_s") for each in alone], "o-", **look)
+        right.plot(lengths, list(map(speed, alone)), "o-", **look)
+    left.set_ylabel("first 200 ms, seconds")
+    right.set_ylabel("audio seconds per second")
+    left.legend(frameon=False)
+    for axes in (left, right):
+        finish(axes, "characters", lengths)
     keep(figure, "first_audio")
 
 

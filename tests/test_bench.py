@@ -1,6 +1,7 @@
 """The load generator: what it counts and when, against a server that answers by a script."""
 
 import io
+import json
 import os
 import socket
 import sys
@@ -16,9 +17,10 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from bench import CASE_HEADER, Case, Result, case_row, run_case
+from bench import CASE_HEADER, Case, Result, case_row, growth, run_case
 from client import Run, Target, closed_loop, measured, open_loop, percentile, race, speak, starve, timeline
 from cost import REQUEST, Answer
+from figures import long_request
 from servers import cpu_s
 from texts import LANGUAGES, LINES, SHORT_LINES, Texts
 
@@ -27,9 +29,14 @@ from app import FORMATS, AudioChunk, Encoder
 SECOND = b"\1\0" * 24_000  # of pcm
 
 
+def pause(seconds):
+    """What a scripted server does when it waits."""
+    return lambda: time.sleep(seconds)
+
+
 @contextmanager
 def scripted_server(*parts, status=200, hold=lambda: None):
-    """Answer every request, after `hold`, with parts of a body: bytes, or seconds to wait."""
+    """Answer every request, after `hold`, with parts of a body: bytes, or what to do meanwhile."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,7 +48,7 @@ def scripted_server(*parts, status=200, hold=lambda: None):
             self.send_response(status)
             self.end_headers()
             for part in parts:
-                time.sleep(part) if isinstance(part, float) else self.wfile.write(part)
+                part() if callable(part) else self.wfile.write(part)
 
         def log_message(self, *_):
             pass
@@ -95,12 +102,12 @@ def test_a_player_starves_when_it_has_played_all_that_came(heard, underruns, sta
 
 
 def test_an_answer_that_stops_in_between_is_an_underrun():
-    with scripted_server(SECOND[:4_800], 1.0, SECOND) as (target, _):
+    with scripted_server(SECOND[:4_800], pause(1.0), SECOND) as (target, _):
         assert speak(target, "text").underruns == 1
 
 
 def test_an_answer_that_keeps_ahead_is_none():
-    with scripted_server(SECOND * 3, 0.2, SECOND, 0.2, SECOND) as (target, _):
+    with scripted_server(SECOND * 3, pause(0.2), SECOND, pause(0.2), SECOND) as (target, _):
         assert speak(target, "text").underruns == 0
 
 
@@ -123,7 +130,7 @@ def test_the_first_audio_of_a_shorter_answer_is_all_of_it():
 
 
 def test_the_times_of_an_answer_are_those_at_which_it_came():
-    with scripted_server(SECOND[:9_598], 0.2, SECOND[:2], 0.2, SECOND) as (target, _):
+    with scripted_server(SECOND[:9_598], pause(0.2), SECOND[:2], pause(0.2), SECOND) as (target, _):
         sample = speak(target, "text")
     assert 0 < sample.first_byte_s < sample.first_audio_s < sample.total_s
 
@@ -153,7 +160,7 @@ def test_any_status_but_200_is_told_with_what_the_server_said():
 
 
 def test_a_closed_loop_sends_the_next_request_when_the_last_one_is_answered():
-    with scripted_server(SECOND, hold=lambda: time.sleep(0.1)) as (target, asked):
+    with scripted_server(SECOND, hold=pause(0.1)) as (target, asked):
         run = closed_loop(target, list("abcdef"), 2)
     times = sorted(at for at, _ in asked)
     assert len(run.samples) == 6 and not run.failures
@@ -193,6 +200,31 @@ def test_a_race_with_a_failure_is_no_race():
         race([target], [["a"]], clients=1)
 
 
+def test_memory_is_watched_over_requests_of_all_lengths_and_languages():
+    with scripted_server(SECOND) as (target, asked):
+        resident = growth(target, os.getpid(), 60, Texts())
+    sent = [json.loads(body)["input"] for _, body in asked]
+    assert list(resident) == [50, 60] and all(mb > 1 for mb in resident.values())
+    assert len(sent) == len(set(sent)) == 60 and len(sent[0]) > 150 and min(map(len, sent)) < 25
+    assert [text.isascii() for text in sent[:6]] == [False, True, False] * 2
+
+
+def test_a_long_request_is_hung_up_on_when_the_short_ones_are_done():
+    ended = threading.Event()
+    with scripted_server(SECOND, pause(2), SECOND, ended.set) as (target, asked), long_request(target, "long"):
+        assert len(asked) == 1
+    assert not ended.is_set()
+
+
+def test_a_long_request_that_ends_too_early_is_told():
+    with scripted_server(SECOND) as (target, _):
+        long = long_request(target, "long")
+        long.__enter__()
+        time.sleep(0.5)
+        with pytest.raises(RuntimeError, match="ended before"):
+            long.__exit__(None, None, None)
+
+
 # --- Tables
 
 
@@ -203,7 +235,7 @@ def test_a_percentile_is_taken_of_all_values():
 
 
 def test_a_row_has_a_figure_for_every_column():
-    with scripted_server(SECOND[:9_600], 0.5, SECOND) as (target, _):
+    with scripted_server(SECOND[:9_600], pause(0.5), SECOND) as (target, _):
         result = run_case(target, Case("zh", 10, "pcm", clients=2), Texts(), requests=2)
     row = dict(zip(CASE_HEADER, case_row(result), strict=True))
     assert row["text"] == "zh 10" and row["load"] == "2 at once" and row["requests"] == "2" and row["failed"] == "0"
