@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from client import Run, Target, closed_loop, open_loop, percentile, speak
-from servers import cpu_s, leave_on_term, own_server, resident_mb
+from servers import leave_on_term, own_server, resident_mb
 from tables import markdown, save
 from texts import LANGUAGES, Texts
 
@@ -55,21 +55,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case gave; the server's CPU seconds meanwhile and its memory afterwards where its process is known."""
+    """What a case gave, and the server's memory in MB afterwards."""
 
     case: Case
     run: Run
-    cpu_s: float | None = None
-    resident_mb: float | None = None
+    resident_mb: float = math.nan
 
 
-def run_case(target: Target, case: Case, texts: Texts, pid: int | None = None, requests: int = 0) -> Result:
+def run_case(target: Target, case: Case, texts: Texts, requests: int = 0) -> Result:
     """Run one case; `requests` overrides how many."""
     target = replace(target, response_format=case.response_format)
     sent = texts.take_many(case.language, case.characters, requests or case.requests)
-    before = cpu_s(pid) if pid else 0.0
     run = closed_loop(target, sent, case.clients) if case.clients else open_loop(target, sent, case.rate)
-    result = Result(case, run, cpu_s(pid) - before, resident_mb(pid)) if pid else Result(case, run)
+    result = Result(case, run, resident_mb(target.pid)) if target.pid else Result(case, run)
     print("  " + "  ".join(case_row(result)), file=sys.stderr, flush=True)
     for failure in run.failures[:1]:
         print(f"  failed: {failure}", file=sys.stderr)
@@ -93,11 +91,16 @@ def case_row(result: Result) -> list[str]:
         f"{run.speed:.2f}",
         *(times(run, figure) for figure in ("first_byte_s", "first_audio_s", "total_s")),
         underruns(run),
-        f"{result.cpu_s / run.audio_s * 60:.1f}" if result.cpu_s is not None and run.audio_s else "-",
-        f"{result.resident_mb:.0f}" if result.resident_mb is not None else "-",
+        known(run.cpu_s_per_minute, 1),
+        known(result.resident_mb, 0),
         str(len(run.samples)),
         str(len(run.failures)),
     ]
+
+
+def known(value: float, digits: int) -> str:
+    """Return a figure as text, or a dash where it is not known."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def times(run: Run, figure: str) -> str:
@@ -112,7 +115,7 @@ def underruns(run: Run) -> str:
     return f"{count} ({sum(sample.starved_s for sample in run.samples):.1f} s)" if count else "0"
 
 
-def growth(target: Target, pid: int, requests: int, texts: Texts) -> dict[int, float]:
+def growth(target: Target, requests: int, texts: Texts) -> dict[int, float]:
     """Return the resident memory in MB at the checkpoints, while one client sends one request after another.
 
     The lengths are uniform in their logarithm, the longest first; the languages take turns.
@@ -123,7 +126,7 @@ def growth(target: Target, pid: int, requests: int, texts: Texts) -> dict[int, f
     for number, (characters, language) in enumerate(zip(lengths, itertools.cycle(LANGUAGES), strict=False), 1):
         speak(target, texts.take(language, characters))
         if number in CHECKPOINTS or number == requests:
-            resident[number] = resident_mb(pid)
+            resident[number] = resident_mb(target.pid)
             print(f"  {number} requests: {resident[number]:.0f} MB", file=sys.stderr, flush=True)
     return resident
 
@@ -162,16 +165,16 @@ def cases(args: argparse.Namespace) -> Iterable[Case]:
 
 def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
     """Print the table of one server and write its samples."""
-    target, texts = Target("server", url, args.voice, args.model), Texts()
+    target, texts = Target("server", url, args.voice, args.model, pid=pid), Texts()
     speak(target, texts.take("en", 100))  # a first request that is not counted
     if args.growth:
-        if not pid:
+        if not target.pid:
             sys.exit("--growth reads the server's memory: give its --pid, or leave out --url")
-        resident = growth(target, pid, args.growth, texts)
+        resident = growth(target, args.growth, texts)
         print(markdown(["requests", "resident MB"], [[str(n), f"{mb:.0f}"] for n, mb in resident.items()]))
         print(f"\n{save('growth', resident)}")
         return
-    results = [run_case(target, case, texts, pid, args.requests) for case in cases(args)]
+    results = [run_case(target, case, texts, args.requests) for case in cases(args)]
     print(markdown(CASE_HEADER, map(case_row, results)))
     print(f"\n{CASE_NOTE} Samples: {save('bench', results)}")
 

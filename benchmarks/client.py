@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import av
 import numpy as np
+from servers import cpu_s
 
 PCM_BYTES_PER_S = 48_000  # s16 mono at 24 kHz, what OpenAI's clients assume of raw pcm
 FIRST_AUDIO_S = 0.2
@@ -32,7 +33,7 @@ Arrivals = list[tuple[int, float]]  # bytes so far, and when
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how to ask it: `extra` holds further fields of the request's body."""
+    """A server and how to ask it: `extra` holds further fields of the body, `pid` its process where that is known."""
 
     name: str
     url: str
@@ -40,6 +41,7 @@ class Target:
     model: str = "tts-1"
     response_format: str = "pcm"
     extra: dict[str, Any] = field(default_factory=dict)
+    pid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """Requests sent together, and the whole time in seconds."""
+    """Requests sent together, the whole time in seconds, and the server's CPU seconds where its process is known."""
 
     samples: list[Sample]
     wall_s: float
     failures: list[str] = field(default_factory=list)
+    cpu_s: float = math.nan
 
     @property
     def audio_s(self) -> float:
@@ -79,6 +82,11 @@ class Run:
     def speed(self) -> float:
         """Audio seconds per second, of all together."""
         return self.audio_s / self.wall_s
+
+    @property
+    def cpu_s_per_minute(self) -> float:
+        """CPU seconds of the server for a minute of audio; not a number where one is not known."""
+        return self.cpu_s / self.audio_s * 60 if self.audio_s else math.nan
 
     def median(self, figure: str) -> float:
         """Return the median of a sample's figure; not a number where no request was answered."""
@@ -167,8 +175,8 @@ def starve(heard: list[tuple[float, float]]) -> tuple[int, float]:
     return len(starved), sum(starved)
 
 
-def gather(count: int, jobs: Iterable[Callable[[], Sample]]) -> Run:
-    """Run jobs on so many threads; what fails is noted, not raised."""
+def gather(target: Target, clients: int, jobs: Iterable[Callable[[], Sample]]) -> Run:
+    """Run jobs on a thread a client; what fails is noted, not raised."""
     samples, failures = [], []
 
     def run(job: Callable[[], Sample]) -> None:
@@ -177,15 +185,20 @@ def gather(count: int, jobs: Iterable[Callable[[], Sample]]) -> Run:
         except (RuntimeError, OSError, http.client.HTTPException, av.error.FFmpegError) as error:
             failures.append(f"{type(error).__name__}: {error}")
 
-    began = time.perf_counter()
-    with ThreadPoolExecutor(count) as clients:
-        list(clients.map(run, jobs))
-    return Run(samples, time.perf_counter() - began, failures)
+    before, began = spent(target), time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(run, jobs))
+    return Run(samples, time.perf_counter() - began, failures, spent(target) - before)
+
+
+def spent(target: Target) -> float:
+    """Return the CPU seconds of a target's process so far; not a number where it is not known."""
+    return cpu_s(target.pid) if target.pid else math.nan
 
 
 def closed_loop(target: Target, texts: list[str], clients: int) -> Run:
     """Send every text with so many clients, each of which sends its next one when the last is answered."""
-    return gather(clients, [lambda text=text: speak(target, text) for text in texts])
+    return gather(target, clients, [lambda text=text: speak(target, text) for text in texts])
 
 
 def open_loop(target: Target, texts: list[str], rate: float, seed: int = 20) -> Run:
@@ -200,7 +213,7 @@ def open_loop(target: Target, texts: list[str], rate: float, seed: int = 20) -> 
         return speak(target, text, due)
 
     jobs = [lambda text=text, due=due: send(text, due) for text, due in zip(texts, dues, strict=True)]
-    return gather(len(texts), jobs)
+    return gather(target, len(texts), jobs)
 
 
 def race(targets: list[Target], rounds: list[list[str]], clients: int) -> dict[str, list[Run]]:

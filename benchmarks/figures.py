@@ -158,13 +158,13 @@ def told(row: Row) -> Row:
 
 def server_figures(server: Server, requests: int) -> tuple[list[Row], list[Result]]:
     """Return the rows of a running server, and the results of its loads."""
-    target, texts = Target("this server", server.url), Texts()
+    target, texts = Target("this server", server.url, pid=server.pid), Texts()
     speak(target, PARAGRAPH)  # a first request that is not counted
     rows = [*map(told, first_audio_figures(target)), told(overhead_figure(target))]
     rows += map(told, fairness_figures(target, texts))
-    results = [run_case(target, case, texts, server.pid) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
+    results = [run_case(target, case, texts) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
     rows += map(told, load_figures(results[: len(LOADS)]))
-    return [*rows, *memory_figures(growth(target, server.pid, requests, texts))], results
+    return [*rows, *memory_figures(growth(target, requests, texts))], results
 
 
 def main() -> None:

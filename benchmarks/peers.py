@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,7 @@ COLUMNS: dict[str, Callable[[Run], float]] = {
     "first byte s": lambda run: run.median("first_byte_s"),
     "first 200 ms s": lambda run: run.median("first_audio_s"),
     "whole s": lambda run: run.median("total_s"),
+    "CPU s per audio min": lambda run: run.cpu_s_per_minute,
     "audio s": lambda run: run.audio_s,
 }
 RATIOS: dict[str, Callable[[Run, Run], float]] = {
@@ -118,11 +120,12 @@ RATIOS: dict[str, Callable[[Run, Run], float]] = {
     "first byte sooner": lambda ours, peer: peer.median("first_byte_s") / ours.median("first_byte_s"),
     "first 200 ms sooner": lambda ours, peer: peer.median("first_audio_s") / ours.median("first_audio_s"),
     "whole answer sooner": lambda ours, peer: peer.median("total_s") / ours.median("total_s"),
+    "CPU, of the peer's": lambda ours, peer: ours.cpu_s_per_minute / peer.cpu_s_per_minute,
 }
 
 
 def ratio_rows(runs: dict[str, list[Run]]) -> list[list[str]]:
-    """Return, of the ratios of each round, by how much this server beats each peer (above 1: it does)."""
+    """Return, of the ratios of each round, by how much this server beats each peer (above 1: it does; CPU: below)."""
     return [
         [peer, *(spread(map(ratio, runs[OURS], runs[peer])) for ratio in RATIOS.values())]
         for peer in runs
@@ -169,13 +172,13 @@ def main() -> None:
     ours = own_server()
     entrants = [(ours, Target(OURS, ours.url)), kokoro_cli(), fastkokoro()]
     with ExitStack() as running:
-        for server, target in entrants:
-            running.enter_context(server)
+        targets = [replace(target, pid=running.enter_context(server).pid) for server, target in entrants]
+        for target in targets:
             speak(target, "One sentence that is not counted.")
         results = {}
         for title, rounds, clients in races(args):
             if rounds:
-                results[title] = race([target for _, target in entrants], rounds, clients)
+                results[title] = race(targets, rounds, clients)
                 report(title, len(rounds[0][0]), results[title])
     print(f"\nSamples: {save('peers', results)}")
 

@@ -18,7 +18,10 @@ from texts import Texts
 
 WAYS = [(1, 2), (2, 1), (2, 2)]  # threads, slots
 CLIENTS = (1, 4, 8)
-HEADER = ["threads x slots", "clients", "audio s per s", "first 200 ms s", "whole s", "audio per s, against 2 x 1"]
+HEADER = [
+    "threads x slots", "clients", "audio s per s", "first 200 ms s", "whole s", "audio per s, against 2 x 1",
+    "CPU s per audio min",
+]  # fmt: skip
 BASE = "2 x 1"
 FAIR_HEADER = ["threads x slots", "10 characters beside 4,000: whole s", "times alone"]
 
@@ -33,6 +36,7 @@ def rows(clients: int, runs: dict[str, list[Run]]) -> list[list[str]]:
             spread(run.median("first_audio_s") for run in each),
             spread(run.median("total_s") for run in each),
             spread(run.speed / base.speed for run, base in zip(each, runs[BASE], strict=True)),
+            spread((run.cpu_s_per_minute for run in each), 1),
         ]
         for name, each in runs.items()
     ]
@@ -62,18 +66,18 @@ def main() -> None:
     texts, targets = Texts(), []
     with ExitStack() as running:
         for threads, slots in WAYS:
-            server = own_server(TTS_THREADS=str(threads), TTS_SLOTS=str(slots))
-            targets.append(Target(f"{threads} x {slots}", running.enter_context(server).url))
+            server = running.enter_context(own_server(TTS_THREADS=str(threads), TTS_SLOTS=str(slots)))
+            targets.append(Target(f"{threads} x {slots}", server.url, pid=server.pid))
             speak(targets[-1], "One sentence that is not counted.")
         runs = {}
         for clients in CLIENTS:
             rounds = [texts.take_many("en", args.characters, clients) for _ in range(args.rounds)]
             runs[clients] = race(targets, rounds, clients)
+            print(f"\n{markdown(HEADER, rows(clients, runs[clients]))}", flush=True)
         fair = fairness_rows(targets, texts, args.fair_rounds)
-    print(markdown(HEADER, [row for clients in CLIENTS for row in rows(clients, runs[clients])]))
-    print(f"\n{args.rounds} rounds, medians (least to most)\n")
-    print(markdown(FAIR_HEADER, fair))
-    print(f"\n{save('threads', {'runs': runs, 'fairness': fair})}")
+    print(f"\n{markdown(FAIR_HEADER, fair)}")
+    print(f"\nMedian (least to most) of {args.rounds} rounds. Samples: "
+          f"{save('threads', {'runs': runs, 'fairness': fair})}")  # fmt: skip
 
 
 if __name__ == "__main__":
