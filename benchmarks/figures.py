@@ -19,7 +19,7 @@ import numpy as np
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, run_case
 from client import Run, Target, ask, closed_loop, connect, speak
 from cost import cost_figures, cost_runs
-from servers import ROOT, Server, leave_on_term, own_server
+from servers import RESULTS, ROOT, Server, leave_on_term, own_server
 from tables import markdown, save, spread
 from texts import LANGUAGES, PARAGRAPH, STORY, Texts
 
@@ -163,6 +163,7 @@ def server_figures(server: Server, requests: int) -> tuple[list[Row], list[Resul
     rows = [*map(told, first_audio_figures(target)), told(overhead_figure(target))]
     rows += map(told, fairness_figures(target, texts))
     results = [run_case(target, case, texts) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
+    save("bench", results)  # before what takes longest
     rows += map(told, load_figures(results[: len(LOADS)]))
     return [*rows, *memory_figures(growth(target, requests, texts))], results
 
@@ -179,7 +180,7 @@ def main() -> None:
     print(markdown(["what", "figure", "to reach"], rows := [*rows, *more]))
     print(f"\nMedian (least to most). Figures: {save('figures', rows)}\n")
     print(markdown(CASE_HEADER, map(case_row, results)))
-    print(f"\n{CASE_NOTE} Samples: {save('bench', results)}")
+    print(f"\n{CASE_NOTE} Samples: {RESULTS / 'bench.json'}")
 
 
 if __name__ == "__main__":
