@@ -18,6 +18,7 @@ import argparse
 import ipaddress
 import itertools
 import math
+import os
 import random
 import sys
 from collections.abc import Iterable
@@ -131,6 +132,11 @@ def growth(target: Target, requests: int, texts: Texts) -> dict[int, float]:
     return resident
 
 
+def machine() -> dict[str, float]:
+    """Return what the figures depend on: cores, and how many processes wanted them before the bench."""
+    return {"cores": os.cpu_count() or 1, "load_average": os.getloadavg()[0]}
+
+
 def check_loopback(url: str) -> None:
     """Exit unless the URL's host is a loopback address."""
     host = urlsplit(url).hostname or ""
@@ -165,6 +171,7 @@ def cases(args: argparse.Namespace) -> Iterable[Case]:
 
 def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
     """Print the table of one server and write its samples."""
+    before = machine()
     target, texts = Target("server", url, args.voice, args.model, pid=pid), Texts()
     speak(target, texts.take("en", 100))  # a first request that is not counted
     if args.growth:
@@ -176,7 +183,7 @@ def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
         return
     results = [run_case(target, case, texts, args.requests) for case in cases(args)]
     print(markdown(CASE_HEADER, map(case_row, results)))
-    print(f"\n{CASE_NOTE} Samples: {save('bench', results)}")
+    print(f"\n{CASE_NOTE} Samples: {save('bench', {'machine': before, 'results': results})}")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, run_case
+from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
 from client import Run, Target, ask, closed_loop, connect, speak
 from cost import cost_figures, cost_runs
 from servers import RESULTS, ROOT, Server, leave_on_term, own_server
@@ -158,12 +158,12 @@ def told(row: Row) -> Row:
 
 def server_figures(server: Server, requests: int) -> tuple[list[Row], list[Result]]:
     """Return the rows of a running server, and the results of its loads."""
-    target, texts = Target("this server", server.url, pid=server.pid), Texts()
+    before, target, texts = machine(), Target("this server", server.url, pid=server.pid), Texts()
     speak(target, PARAGRAPH)  # a first request that is not counted
     rows = [*map(told, first_audio_figures(target)), told(overhead_figure(target))]
     rows += map(told, fairness_figures(target, texts))
     results = [run_case(target, case, texts) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
-    save("bench", results)  # before what takes longest
+    save("bench", {"machine": before, "results": results})  # before what takes longest
     rows += map(told, load_figures(results[: len(LOADS)]))
     return [*rows, *memory_figures(growth(target, requests, texts))], results
 

@@ -16,6 +16,7 @@ from texts import LANGUAGES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 PLOTS = Path(__file__).resolve().parent / "plots"
@@ -44,7 +45,7 @@ def series(results: list[Result], along: str, **fixed: object) -> list[Result]:
     return [chosen[value] for value in sorted(chosen)]
 
 
-def draw_load(results: list[Result]) -> None:
+def draw_load(results: list[Result]) -> Figure:
     """Draw throughput and latency against concurrency."""
     loads = series(results, "clients", language="en", characters=100, response_format="pcm")
     clients = [result["case"]["clients"] for result in loads]
@@ -58,10 +59,10 @@ def draw_load(results: list[Result]) -> None:
     right.legend(frameon=False)
     for axes in (left, right):
         finish(axes, "clients at once", clients)
-    keep(figure, "load")
+    return figure
 
 
-def draw_first_audio(results: list[Result]) -> None:
+def draw_first_audio(results: list[Result]) -> Figure:
     """Draw the first 200 ms of audio, and the throughput of one client, against the length of the text."""
     figure, (left, right) = plt.subplots(1, 2, figsize=SIZE)
     for language in LANGUAGES:
@@ -74,7 +75,7 @@ def draw_first_audio(results: list[Result]) -> None:
     left.legend(frameon=False)
     for axes in (left, right):
         finish(axes, "characters", lengths)
-    keep(figure, "first_audio")
+    return figure
 
 
 def finish(axes: Any, label: str, ticks: list[int]) -> None:
@@ -84,15 +85,16 @@ def finish(axes: Any, label: str, ticks: list[int]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.set_xlabel(label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def keep(figure: Any, name: str) -> None:
+def keep(figure: Figure, name: str, caption: str) -> None:
     """Write plots/NAME.png, the same bytes for the same figures."""
     PLOTS.mkdir(exist_ok=True)
     figure.tight_layout()
+    figure.text(0.99, 0.02, caption, ha="right", fontsize=6.5, color="#666666")
     figure.savefig(PLOTS / f"{name}.png", dpi=100, metadata={"Software": None})
     plt.close(figure)
     print(PLOTS / f"{name}.png")
@@ -100,9 +102,11 @@ def keep(figure: Any, name: str) -> None:
 
 def main() -> None:
     """Draw both."""
-    results = json.loads((RESULTS / "bench.json").read_text())
-    draw_load(results)
-    draw_first_audio(results)
+    bench = json.loads((RESULTS / "bench.json").read_text())
+    cores, load_average = bench["machine"]["cores"], bench["machine"]["load_average"]
+    caption = f"{cores} cores; load average before: {load_average:.1f}"
+    keep(draw_load(bench["results"]), "load", caption)
+    keep(draw_first_audio(bench["results"]), "first_audio", caption)
 
 
 if __name__ == "__main__":
