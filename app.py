@@ -651,8 +651,9 @@ def line_of_name(text: str, told: str) -> int:
 
 # === Text to utterances ===
 
-PARAGRAPH, SENTENCE, CLAUSE, QUOTED, WORD = 4, 3, 2, 1, 0  # how strong a break in the text is
-PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, WORD: 0.03}  # what is heard there, at speed 1
+PARAGRAPH, SENTENCE, CLAUSE, QUOTED, JOINT, WORD = 5, 4, 3, 2, 1, 0  # how strong a break in the text is
+# what is heard there, at speed 1
+PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, JOINT: 0.03, WORD: 0.03}
 FIRST_SYLLABLES, FULL_SYLLABLES = 14, 56  # of the first utterance and of the longest: about 3 s and 13 s of speech
 PAIRS = ("“”", "「」", "『』", "《》", "（）", r"\(\)", '""')
 QUOTE = re.compile("|".join(f"{a}[^{a}{b}\n]{{1,200}}{b}" for a, b in (re.findall(r"\\?.", pair) for pair in PAIRS)))
@@ -661,13 +662,22 @@ ABBREVIATION = re.compile(
     r"|(?:No|Nos|Fig|Figs|Vol|pp|p|Ch|Sec|Art)\.(?=\s*\d)|(?:[A-Za-z]\.)+(?!\s*$))\s*",
     re.IGNORECASE,
 )
+# Where a text without marks is cut with the least to hear: before these words, and after these particles.
+JOINTS = (
+    r"\s+(?=(?:and|but|or|so|which|who|that|because|when|while|where|if|after|before|until|although|though|since|than"
+    r"|with|without|for|from|into|through|between|during|under|over|by|in|on|at)\b)"
+    "|(?=而且|但是|因为|所以|然后|并且|如果|或者|以及|虽然|不过|于是|只要|只有|无论|同时|我们|你们|[他她它]们|大家|这[个些样]"
+    "|那[个些样]|[今明昨]天|现在|已经|可以|可能|应该|没有|不是|就是|还是)"
+    "|(?<=的)(?!时候|话|确|士)(?<!目的)|(?<=了)(?!解|不|得|[吗吧呢的])|(?<=着)(?![急火手想重名落陆眼迷凉的])"
+    "|(?<=过)(?![去程来年分度于敏时期滤渡后了的])"
+)
 SPACE = r"[^\S\n]*"
 AFTER = rf"[\"'”’）)」』》】\]]*(?=\s|$|[\u2e80-\U0003ffff]){SPACE}"  # closing quotes belong to the sentence they end
 BREAK = re.compile(
     rf"(?P<paragraph>\s*\n\s*)|(?P<sentence>[。！？…；]+[”’）)」』》】]*{SPACE}|(?<![.!?;])[.!?;]++{AFTER})"
-    rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<word>\s+)"
+    rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<joint>{JOINTS})|(?P<word>\s+)"
 )
-STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "word": WORD}
+STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "joint": JOINT, "word": WORD}
 
 
 class Utterance(NamedTuple):
@@ -703,8 +713,9 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
     utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
     while start < len(text):
         marks = [mark for mark in marks if mark[0] > start]
-        near, far = (bisect_right(reach, reach[start] + size) - 1 for size in (limit, full))
-        end, strength = choose_break(marks, near, far, len(text)) or (whole_words(text, start, far), WORD)
+        sizes = (min(full, limit * times) for times in (1, 2, 2.5))
+        near, far, awaited = (bisect_right(reach, reach[start] + size) - 1 for size in sizes)
+        end, strength = choose_break(marks, near, far, awaited, len(text)) or (whole_words(text, start, far), WORD)
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
         start, limit = end, min(full, limit * 2)
@@ -729,18 +740,22 @@ def split_sentences(text: str) -> list[str]:
     return [text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
-def choose_break(marks: list[tuple[int, int]], near: int, far: int, length: int) -> tuple[int, int] | None:
-    """Return the strongest, then latest break up to `near`, else the first clause up to `far`, else what there is."""
+def choose_break(
+    marks: list[tuple[int, int]], near: int, far: int, awaited: int, length: int
+) -> tuple[int, int] | None:
+    """Return the strongest, then latest break up to `near`; else the first clause up to `awaited`, which leaves no
+    short rest; else the strongest, then latest up to `far`, rather past `near` than before it."""
     paragraph = next((end for end, strength in marks if strength == PARAGRAPH), length)
-    clauses = [(end, strength) for end, strength in marks if strength >= CLAUSE and end <= min(far, paragraph)]
+    clauses = [(end, strength) for end, strength in marks if strength >= CLAUSE and end <= min(awaited, paragraph)]
     close = [mark for mark in clauses if mark[0] <= near]
     if paragraph <= near:
         return paragraph, PARAGRAPH
     if close:
         return max(close, key=lambda mark: (mark[1], mark[0]))
-    if clauses or paragraph <= far:
+    if clauses or paragraph <= awaited:
         return clauses[0] if clauses else (paragraph, PARAGRAPH)
-    return max((mark for mark in marks if mark[0] <= far), key=lambda mark: (mark[1], mark[0]), default=None)
+    within = (mark for mark in marks if mark[0] <= far)
+    return max(within, key=lambda mark: (mark[0] > near, mark[1], mark[0]), default=None)
 
 
 def whole_words(text: str, start: int, end: int) -> int:
