@@ -114,16 +114,22 @@ def write_profile(scratch: Path, folder: Path, kind: Kind, gpu_memory_utilizatio
     return file
 
 
-OUT_OF_MEMORY = re.compile("out of memory|no available memory|memory.*(?:less|not enough|insufficient)|kv cache", re.I)
+OUT_OF_MEMORY = re.compile("out of memory|no available memory|kv cache", re.I)
+IN_THE_LOG = "See root cause above"  # all that vLLM hands on of what went wrong in a stage's process
 
 
 def explain(error: BaseException) -> str:
-    """Return why the engine did not start, with what to do where the GPU's memory is short."""
+    """Return why the engine did not start, with what to do where the GPU's memory is short, or may be."""
     told, cause = [], error
-    while cause and str(cause) not in told:
+    while cause and str(cause) not in " / ".join(told):
         told.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     reason = " / ".join(told)[:1000]
     if OUT_OF_MEMORY.search(reason):
-        return f"the GPU's memory does not do for it: change TTS_GPU_MEMORY_UTILIZATION, or free some. {reason}"
+        return f"the GPU's memory does not do: change TTS_GPU_MEMORY_UTILIZATION, or free some. {reason}"
+    if IN_THE_LOG in reason:
+        return (
+            "a stage of vLLM-Omni did not start; the log above says why. If it was for want of GPU memory, change "
+            f"TTS_GPU_MEMORY_UTILIZATION. {reason}"
+        )
     return f"vLLM-Omni did not start: {reason}"

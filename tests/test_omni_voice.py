@@ -95,6 +95,7 @@ def test_the_language_of_an_utterance_is_found(text, language):
     [
         RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
         ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."),
+        RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"),
         ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"),
     ],
 )
