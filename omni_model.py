@@ -22,7 +22,6 @@ class Kind:
 
     name: str
     model_type: str
-    architecture: str
     weights: tuple[str, ...]
     prompt_overhead: int  # prompt tokens that are not text: voice, start and stop
     codes_per_s: int
@@ -34,13 +33,12 @@ COMMON_WEIGHTS = ("gpt.pth", "s2mel.pth", "wav2vec2bert_stats.pt", "feat1.pt", "
 WHOLE_PREFILL = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2560}  # the talker takes a prompt in one
 KINDS = {
     "indextts2": Kind(
-        "IndexTTS-2", "indextts2", "IndexTTS2TalkerForConditionalGeneration", ("bpe.model", *COMMON_WEIGHTS),
+        "IndexTTS-2", "indextts2", ("bpe.model", *COMMON_WEIGHTS),
         prompt_overhead=37, codes_per_s=50, speed_range=(1.0, 1.0),
         overrides=(WHOLE_PREFILL, {"max_num_seqs": 1}),  # two at once end its decoder
     ),
     "indextts2_5": Kind(
-        "IndexTTS-2.5", "indextts2_5", "IndexTTS25TalkerForConditionalGeneration",
-        ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
+        "IndexTTS-2.5", "indextts2_5", ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
         prompt_overhead=6, codes_per_s=25, speed_range=(0.5, 2.0), overrides=(WHOLE_PREFILL, {}),
     ),
 }  # fmt: skip
@@ -68,7 +66,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def find_kind(folder: Path) -> Kind:
-    """Tell IndexTTS-2 from 2.5 by config.json, else by the tokenizer, as 2.5 comes without one; raise LoadError."""
+    """Tell IndexTTS-2 from 2.5 by config.json, else by the tokenizer: both come without one. Raises LoadError."""
     config = folder / "config.json"
     try:
         named = json.loads(config.read_text("utf-8")).get("model_type") if config.exists() else None
@@ -93,7 +91,7 @@ def deploy_profile(kind: Kind, gpu_memory_utilization: float) -> dict[str, Any]:
 
     file = Path(vllm_omni.__file__).parent / "deploy" / f"{kind.model_type}.yaml"
     profile = yaml.safe_load(file.read_text("utf-8"))
-    profile["pipeline"] = kind.model_type
+    profile["pipeline"] = kind.model_type  # by config.json, or the folder's name, vLLM-Omni would have to guess
     for stage, overrides, share in zip(
         profile["stages"], kind.overrides, (TALKER_SHARE, 1 - TALKER_SHARE), strict=True
     ):
@@ -101,16 +99,10 @@ def deploy_profile(kind: Kind, gpu_memory_utilization: float) -> dict[str, Any]:
     return profile
 
 
-def write_profile(scratch: Path, folder: Path, kind: Kind, gpu_memory_utilization: float) -> Path:
-    """Write the deploy profile to a file and return it, with a config.json beside it where the model has none."""
-    profile = deploy_profile(kind, gpu_memory_utilization)
-    if not (folder / "config.json").exists():
-        named = {"model_type": kind.model_type, "architectures": [kind.architecture]}
-        (scratch / "config.json").write_text(json.dumps(named))
-        for stage in profile["stages"]:
-            stage["hf_config_path"] = str(scratch)
+def write_profile(scratch: Path, kind: Kind, gpu_memory_utilization: float) -> Path:
+    """Write the deploy profile to a file and return it."""
     file = scratch / "deploy.json"
-    file.write_text(json.dumps(profile))  # which is YAML too
+    file.write_text(json.dumps(deploy_profile(kind, gpu_memory_utilization)))  # which is YAML too
     return file
 
 

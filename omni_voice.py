@@ -59,7 +59,7 @@ class OmniVoice:
         build = import_engine()
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
-        profile = deploy_config or write_profile(Path(scratch.name), folder, kind, gpu_memory_utilization)
+        profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
         try:
             engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
         except Exception as error:

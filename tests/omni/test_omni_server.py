@@ -232,6 +232,15 @@ def test_term_while_loading_leaves_no_process(server):
     wait_for(lambda: not any(map(is_alive, left)), 10)
 
 
+def test_a_worker_and_its_master_killed_together_leave_no_engine_process(checkpoints, tmp_path):
+    with omni_server("indextts2_5", checkpoints, tmp_path) as server:
+        wait_for(lambda: named(descendants(server.process.pid), "VLLM::Stage"), READY_S)
+        left = descendants(server.process.pid)
+        for pid in (server.process.pid, worker_of(server)):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, left)), 30)
+
+
 def test_a_model_that_is_not_there_is_told_by_its_setting(checkpoints, tmp_path):
     with omni_server("indextts2_5", checkpoints, tmp_path, TTS_MODEL="/nowhere/model") as server:
         wait_for(lambda: health(server)[1].get("status") == "unhealthy", READY_S)
