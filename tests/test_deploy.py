@@ -165,6 +165,12 @@ def test_the_older_servers_options_become_settings(older, releases):
     assert "TTS_GPU_MEMORY_UTILIZATION=0.4\n" in settings and "TTS_FP16=true\n" in settings
 
 
+def test_the_interpreter_is_the_older_servers(older, releases):
+    del older.environment["PYTHON"]
+    serve(older, releases["a"])
+    assert f"PYTHON={sys.executable}\n" in (older.app_dir / "server.env").read_text()
+
+
 def test_rollback_starts_the_older_server_the_way_it_was_started(older, releases):
     serve(older, releases["a"])
     status, said = older.run("rollback")
