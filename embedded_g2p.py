@@ -83,7 +83,7 @@ PER = {
     "month": ("月", "month"), "mo": ("月", "month"), "year": ("年", "year"), "yr": ("年", "year"),
     "person": ("人", "person"), "user": ("用户", "user"), "piece": ("件", "piece"), "lb": ("磅", "pound"),
 }  # fmt: skip
-PER_HAN = "年|月|日|天|周|晚|小时|时|分钟?|秒|人|户|次|个|件|台|瓶|只|张|本|节|公?斤|吨|克|升|公里|平方?米?|米"
+PER_HAN = "年|月|日|天|周|晚|小时|时|分钟?|秒|人|户|次|个|件|台|瓶|只|张|本|节|公?斤|吨|克|升|公里|平方?米?|米|间"
 # symbol between two things: (Mandarin, English or "" where hibari knows it)
 OPERATORS = {
     "+": ("加", "plus"), "=": ("等于", ""), "×": ("乘", ""), "÷": ("除以", ""), "±": ("正负", ""), ">": ("大于", ""),
@@ -155,13 +155,13 @@ SCALE = r"\s?(?:(?:thousand|million|billion|trillion)\b|百万|千万|[千万亿
 # £1.5m, US$ 100, 100￥: groups are symbol, amount, scale, symbol; the last only where there is no first
 MONEY = rf"(?:({CURRENCY})\s?|{START})({NUMBER})({SCALE})?(?(1)|\s?({CURRENCY})(?!\w))"
 # 10-20%, 5kg~10kg, $5-$10, -10~-5°C: up to the mark between, which it takes; no more marks follow, as in 1-2-3
-QUANTITY = rf"-?(?:{CURRENCY}\s?)?{NUMBER}(?:{SCALE}|\s?(?:%|{UNIT}|[ap]m\b)|[元年月日号点岁个])*"
-RANGE = rf"(?<![\w.,^-])({QUANTITY})\s?[-~]\s?(?=-?(?:{CURRENCY}\s?)?(?!0\d)(?>{NUMBER})(?!-\d))"
+QUANTITY = rf"-?(?:{CURRENCY}\s?)?{NUMBER}(?:{SCALE}|\s?(?:%|{UNIT}|[ap]m\b)|st|nd|rd|th|[元年月日号点岁个])*"
+RANGE = rf"(?<![\w.,^-])({QUANTITY})\s?[-~]\s?(?=-?(?:{CURRENCY}\s?)?(?!0\d)(?>{NUMBER})(?![-/]\d))"
 OPERAND = r"(?:\d[\d.]*|[A-Za-z](?![A-Za-z]))"
 MINUS = rf"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\s?-\s?(?={OPERAND}(?:\s?[-+×÷*/]\s?{OPERAND}){{0,9}}\s?=)"  # 10-2=8
 # $5/month, 3 miles/hour, 5元/kg, 2次/天: groups are what comes before the slash, the name after it, a Han name after it
 RATE = (
-    rf"({CURRENCY}\s?{NUMBER}(?:{SCALE})?|{NUMBER}\s?(?:{UNIT}|{CURRENCY}|[A-Za-z]+|[{HANS}]{{0,3}}))"
+    rf"({CURRENCY}\s?{NUMBER}(?:{SCALE})?|{START}{NUMBER}\s?(?:%|{UNIT}|{CURRENCY}|[A-Za-z]+|[{HANS}]{{0,3}}))"
     rf"\s?/\s?(?:({_any([*UNITS, *PER])})(?![A-Za-z0-9^])|({PER_HAN}))"
 )
 PHONE = r"(?<![\w.,-])(?:" + "|".join((
@@ -173,7 +173,7 @@ PHONE = r"(?<![\w.,-])(?:" + "|".join((
     r"1[3-9]\d ?\d{4} ?\d{4}",  # 138 1234 5678
     r"[2-9]\d\d-(?!\d\d00)\d{4}",  # 555-1234, but 500-1000
 )) + r")(?![\w-])"
-DATE = START + r"(\d{4})([-/.])(0?[1-9]|1[0-2])\2(0?[1-9]|[12]\d|3[01])(?![\d-])"
+DATE = START + r"(\d{4})([-/.])(0?[1-9]|1[0-2])\2(0?[1-9]|[12]\d|3[01])(?!\d|-(?!\d{4}))"
 CLOCK = START + r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?![\d:])"
 TWELVE_HOURS = START + r"(\d{1,2})(?::([0-5]\d))?(?::[0-5]\d)?\s?([AaPp])(?:\.[Mm]\.|[Mm]\b)"
 LINK = (
@@ -185,12 +185,15 @@ LINK = (
 
 # before these a Mandarin number is read digit by digit, and after those; a quantity's next word shows that it is none
 CODES = (
-    "拨打?|致电|[呼打]|热线|电话|号码|客服|火警|报警|急救|QQ号?|微信号?|密码|验证码|尾号|[账帐卡学工单]号|订单|邮编|群号"
+    "拨打?|致电|[呼打]|热线|电话|号码|客服|火警|报警|急救|QQ号?|微信号?|密码|验证码|尾号|[账帐卡学工单]号|订单|邮编|编码|群号"
     "|房间|波音"
 )
 CODE_ENDS = "[室房]|号(?:房|楼|线)|报警|火警|急救|热线|订票|客服|服务台"
-HOTLINES = r"(?:12306|123[1-9]\d|100(?:86|10|01)|955\d\d)"
+HOTLINES = r"(?:12306|123[1-9]\d|100(?:86|10|01)|955\d\d|96110)"
 COUNTED = r"\s?[个元块人次名斤米公里分秒小时天年万千百亿倍条张台件岁度本套页字篇多笔平发]"
+SPELLED = "PIN|OTP|[Zz]ip(?: code)?|[Pp]ostcode|[Pp]ass(?:word|code)|[Cc]ode(?: is)?"
+CALLED = "(?:[Cc]all|[Dd]ial)(?:ing|l?ed|s)?"
+PERIOD = "(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun|Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*|Q[1-4])"
 SECONDS_AFTER = r"\b(?:for|in|after|every|within|takes?|took|wait|about|to|than|under|over|only|just) |[:=<>(~] ?|min "
 
 
@@ -341,11 +344,13 @@ def _english_date(match: re.Match[str]) -> str:
 # Each group undoes an ambiguity for those below it: what is no quantity, then marks that join quantities, then names
 # that stand by a number, then the numbers, then marks that are left.
 RULES = _rules([
-    # one spelling: 2024-03-15T10:30Z, 1h 30m, 5m 30s, $.50, $-5, $5-10
+    # one spelling: 2024-03-15T10:30Z, 1h 30m, 5m 30s, +/-5, H.264, $.50, $-5, $5-10
     (r"(?<=\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?", r" \1 "),
     (r"(?<=\d\d:\d\d) Z\b", " UTC"),
     (r"(\d)h ?(\d+)m(?![a-z])", r"\1h \2min "),
     (r"(\d)m ?(?=\d+s\b)", r"\1min "),
+    (r"\+/-", "±"),
+    (r"\b([A-Z])\.(?=\d)", r"\1 "),
     (rf"(?<![\w{HANS}.…)])\.(?=\d)", "0."),
     (rf"({CURRENCY})-(?=\d)", r"-\1"),
     (rf"({CURRENCY})\s?({NUMBER})\s?([-~])\s?({NUMBER}(?:{SCALE})?)(?![\d-])", r" \2\3\4\1"),
@@ -366,7 +371,7 @@ ZH_RULES = _rules([
     (MINUS, "减"),
     (rf"{START}(\d{{4}})\s?[-~]\s?(\d{{4}})(?=\s?年)", lambda m: f"{_han_digits(m[1])}到{_han_digits(m[2])}"),
     (RANGE, r"\1到"),
-    ("(?<=[一二三四五六七八九十日月周])\\s?[-~]\\s?(?=[周星一二三四五六七八九十])", "到"),
+    ("(?<=[一二三四五六七八九十日月周点分])\\s?[-~]\\s?(?=[上下早晚周星一二三四五六七八九十])", "到"),
     (CLOCK, _han_clock),
     (rf"(?<![\w.,^)-])-(?=(?:{CURRENCY}\s?)?\d)", "负"),
     # rates and money: 5元/kg, $5/月, ¥99, 100￥
@@ -382,27 +387,29 @@ ZH_RULES = _rules([
     (r"\b[Nn][Oo]\. ?(?=\d)", "第"),
     # ratios, fractions, percentages: 16:9, 2 1/2, 24/7, 10 / 2, -5°C, 35%
     (rf"{START}({NUMBER})\s?:\s?({NUMBER})", r"\1比\2"),
-    (r"(?<=\d) (?=[1-9]/[2-9](?!\d))", "又"),
+    (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", lambda m: _han_digits(m[1]) + " "),
+    (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1又"),
     (r"(?<![\w./])24/7(?![\w/])", "24 7"),
     (r"(?<=\d) / (?=\d)", "除以"),
     (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", _han_slash),
     (rf"负({NUMBER})\s?(?=°C|摄氏度)", r"零下\1"),
-    (rf"({NUMBER})\s?%", r"百分之\1"),
-    (rf"({NUMBER})\s?‰", r"千分之\1"),
-    # units, powers, marks before and after a number: 5kg, x^2, 1e6, 5'11", ~5, #1, 50+, 3x4
+    (rf"(?<!\d)({NUMBER})\s?%", r"百分之\1"),
+    (rf"(?<!\d)({NUMBER})\s?‰", r"千分之\1"),
+    # units, powers, marks before and after a number: 5kg, x^2, 1e6, 5'11", ~5, ≥5, #1, 50+, 3x4
     (rf"{START}({NUMBER})\s?({UNIT})", lambda m: m[1] + UNITS[m[2]][0]),
     (rf"{START}({NUMBER})[eE]([+-]?\d{{1,3}})(?!\w)", r"\1乘10^\2"),
     (r"\^([23])(?!\d)", lambda m: {"2": "平方", "3": "立方"}[m[1]]),
     (r"\^(-?)\+?(\d+)", lambda m: f"的{m[1] and '负'}{_han_number(m[2])}次方"),
     (rf"{START}(\d)'\s?(\d{{1,2}})(?!\d)\"?", r"\1英尺\2英寸"),
     (r"~\s?(?=\d)", "约"),
+    (r"([<>≥≤≈±√])(?=\d)", lambda m: OPERATORS[m[1]][0]),
     (r"#(\d+)", r"\1号"),
     (rf"(\d)\+(?=[{HANS}])", r"\1多"),
     (r"(?<=\d)\+(?!\s?\w)", "加"),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", "乘"),
     # numbers: 2个, 1.2.3, iPhone 15, 1,234
     (r"(?<![\d.])2(?=\s?(?:[个只本张条次位名件台辆家场周天年倍块种瓶杯顿份句遍岁克千万亿]|公[斤里]|小时|分钟))", "两"),
-    (r"\d+(?:\.\d+){2,}", lambda m: _han_digits(m[0])),
+    (r"(?<!\d)\d+(?:\.\d+){2,}", lambda m: _han_digits(m[0])),
     (r"(?<=[A-Za-z])[-_]?(\d+(?:\.\d+)?)", _han_model),
     (r"(?<=[A-Z]) (\d{4})(?!\d)", _han_model),
     (NUMBER, lambda m: _han_number(m[0])),
@@ -416,12 +423,15 @@ ZH_RULES = _rules([
     (r"\bAB(?= 型)", "A B"),
 ])  # fmt: skip
 EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, ranges, abbreviations and more units
-    # no quantities: addresses, phones, dates, 9am
+    # no quantities: addresses, phones, zip 90210, call 911, dates
     (LINK, _link("dot", "slash", "at")),
     (PHONE, lambda m: ("plus " if m[0][0] == "+" else "") + _english_digits(m[0])),
+    (rf"\b({SPELLED}) (\d{{3,}})(?![\d%~-]|[.,]\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
+    (rf"\b({CALLED}) ([1-9]11|988|999|112)\b(?!,\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
     (DATE, _english_date),
-    # between quantities: 10-2=8, 10-20%, 10:30-11:30, 3:2
+    # between quantities: 10-2=8, Mon-Fri, 10-20%, 10:30-11:30; then 9am, 3:2
     (MINUS, " minus "),
+    (rf"\b({PERIOD})-(?={PERIOD}\b)|(?<=, \d{{4}})()-(?=[A-Z])", r"\1\2 to "),
     (RANGE, r"\1 to "),
     (START + r"(\d{1,2})\s?([AaPp])\.?[Mm]\b\.?", lambda m: f"{m[1]} {m[2].upper()}.M."),
     (rf"{START}(\d{{1,2}}):(\d|\d{{3,}})(?![\d:])", r"\1 to \2"),
@@ -436,15 +446,17 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
     (r"(?<!\d)((?:1\d|20)\d0|\d0)s\b", lambda m: re.sub("y$", "ie", numbers.year(int(m[1]))) + "s"),
     (rf"{START}({NUMBER})\s?({UNIT})", lambda m: _counted(m[1], UNITS[m[2]][1])),
     # slashes: 2 1/2, 24/7, 10 / 2, 85/100
-    (r"(?<=\d) (?=[1-9]/[2-9](?!\d))", " and "),
+    (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", r"\1 "),
+    (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1 and "),
     (r"(?<![\w./])24/7(?![\w/])", "24 7"),
     (r"(?<=\d) / (?=\d)", " divided by "),
     (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/]|\.\d)", _english_slash),
     (r"(?<=\d/\d)(?=\.(?!\d))", " "),  # hibari knows no fraction before a full stop
-    # powers and operators: x^2, 3x4, 5'11", 50+, 6 + 1
+    # powers and operators: x^2, 5'11", ~5, 3x4, 6 + 1, 50+
     (r"\^([23])(?!\d)", lambda m: {"2": " squared", "3": " cubed"}[m[1]]),
     (r"(?<=\w) ?\^ ?\+?(-?\d+)", r" to the power of \1"),
     (rf"{START}(\d)'\s?(\d{{1,2}})(?!\d)\"?", r"\1 foot \2"),
+    (r"~\s?(?=\d)", "about "),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", " times "),
     *[(re.escape(o), f" {en} ") for o, (_, en) in OPERATORS.items() if en and o != "+"],
     (r"(?<=\w)\s?\+\s?(?=\w)|(?<=\d)\+(?!\+)", " plus "),

@@ -184,6 +184,10 @@ def test_money_before_and_after_the_amount_in_mandarin(text, spoken):
 约-10℃~-5℃ | 约零下十摄氏度到零下五摄氏度
 约-5°F | 约负五华氏度
 周一-周五 | 周一到周五
+8:00am-5:00pm吧 | 上午八点到下午五点吧
+2023/5/1-2023/5/7的 | 二零二三年五月一日到二零二三年五月七日的
+1st-3rd的 | 第一到第三的
+2024/25赛季 | 二零二四 二十五赛季
 以2-1战胜 | 以二比一战胜
 3-2获胜 | 三比二获胜
 得10-2=8 | 得十减二等于八
@@ -246,6 +250,7 @@ def test_spans_of_years_and_half_days_in_mandarin(text, spoken):
 要$5/月 | 要五美元每月
 要3000元/平方米 | 要三千元每平方米
 吃5次/天 | 吃五次每天
+涨5%/年 | 涨百分之五每年
 为9.8m/s² | 为九点八米每二次方秒
 为5Ω | 为五欧姆
 为10kΩ | 为十千欧
@@ -254,6 +259,9 @@ def test_spans_of_years_and_half_days_in_mandarin(text, spoken):
 等1h 30m | 等一小时 三十分钟
 若a≠b | 若 A 不等于 B
 若x∈A | 若 X 属于 A
+要≥18岁 | 要大于等于十八岁
+差，±0.5mm | 差, 正负零点五毫米
+差+/-5吗 | 差正负五吗
 为1e6 | 为一乘十的六次方
 π是数 | pi 是数
 α粒子 | alpha 粒子
@@ -356,6 +364,9 @@ is 500-1000 | is five hundred to one thousand
 at 10:30-11:30 | at ten thirty to eleven thirty
 is 1-2-3 | is one two three
 won 3-2 | won three to two
+open Mon-Fri | open Mon to Fri
+is 1st-3rd | is first to third
+in 2024/25 | in twenty twenty-four twenty-five
 is 10 - 2 = 8 | is ten minus two equals eight
 a-b=c | a minus B equals C
 is x² - 4 = 0 | is X squared minus four equals zero
@@ -376,6 +387,7 @@ is 85/100 | is eighty-five out of one hundred
 is 120/80 | is one hundred twenty over eighty
 is 3/4 | is three quarters
 is 2½ | is two and one half
+is 1-1/2 | is one and one half
 9am to 5pm | nine A.M. to five P.M.
 9-10am | nine to ten A.M.
 at 5 p.m. sharp | at five P.M. sharp
@@ -399,6 +411,9 @@ call 400 800 1234 | call four zero zero, eight zero zero, one two three four
 call 0800 123 456 | call zero eight zero zero, one two three, four five six
 call (010)62345678 | call zero one zero, six two three four five six seven eight
 call 555-1234 | call five five five, one two three four
+call 911 now | call nine one one now
+call 911,000 people | call nine hundred eleven thousand people
+PIN 1234 | PIN one two three four
 """))  # fmt: skip
 def test_phones_in_english(text, spoken):
     assert speakable(text) == spoken
@@ -411,6 +426,7 @@ $5/month | five dollars per month
 $5/kg | five dollars per kilogram
 60 miles/hour | sixty miles per hour
 5 mg/dL | five milligrams per deciliter
+5%/year | five percent per year
 9.8 m/s² | nine point eight meters per second squared
 he/she and/or A/B | he she and or A B
 5Ω or 10kΩ | five ohms or ten kilohms
@@ -421,6 +437,8 @@ if a ≠ b | if a is not B
 1e6 or 3.5e-3 | one times ten to the power of six or three point five times ten to the power of minus three
 5'11" tall | five foot eleven tall
 ages 18+ | ages eighteen plus
+~5 or +/-5 | about five or plus or minus five
+in H.264 | in H two hundred sixty-four
 v1.2.3 | V one point two point three
 """))  # fmt: skip
 def test_rates_units_greek_and_marks_in_english(text, spoken):
