@@ -21,6 +21,12 @@ FROM_WHEELS := --only-binary :all: --no-binary jieba --no-build-isolation
 LOCK := uv pip compile --universal --fork-strategy fewest --python-version 3.11 --generate-hashes \
         --no-emit-index-url --no-header --no-annotate --upgrade --quiet
 
+# A checkout's environment is kept in the user's cache folder, under the checksum of what is in it.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/indextts-openai-server
+INDEXTTS_VENV := $(CACHE)/indextts-$(shell sha256sum tests/indextts/requirements.txt | cut -c1-16)
+SIZE ?= middle
+INDEXTTS_WEIGHTS := $(CACHE)/indextts-$(SIZE)-$(shell sha256sum tests/indextts/make_checkpoint.py | cut -c1-12)
+
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -39,9 +45,20 @@ test: install-test ## ruff, shellcheck and pytest
 fuzz: install-test ## 28,000 cases of anything at all as a request (a quarter of an hour)
 	FUZZ_EXAMPLES=7000 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
+.PHONY: test-indextts
+test-indextts: $(INDEXTTS_VENV)/installed ## prove the indextts engine on a real checkout, INDEXTTS_CHECKOUT=DIR, with random weights (9 GB, an hour)
+	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
+	INDEXTTS_CHECKOUT=$(INDEXTTS_CHECKOUT) $(INDEXTTS_VENV)/bin/python -m pytest -v tests/indextts
+
+.PHONY: test-omni
+test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random models (5 GB in the user's cache, 30 minutes)
+	@venv=$$($(PYTHON) tests/omni/install.py) && \
+	PYTHONPATH=. "$$venv/bin/python" -m pytest -rA --tb=short --show-capture=no tests/omni
+
 .PHONY: bench
-bench: install ## print the figures of this server: start, memory, overhead, first byte, load (15 minutes)
+bench: install-bench ## measure this server and draw benchmarks/plots (half an hour)
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/plots.py
 
 .PHONY: bench-deploy
 bench-deploy: install-test ## print how long deploying, failing to and rolling back put the server out of service
@@ -50,6 +67,22 @@ bench-deploy: install-test ## print how long deploying, failing to and rolling b
 .PHONY: bench-peers
 bench-peers: install ## race this server against kokoro-cli and fastkokoro, which it installs in the user's cache folder
 	$(BIN)/python benchmarks/peers.py
+
+.PHONY: bench-indextts
+bench-indextts: $(INDEXTTS_VENV)/installed ## print what driving a checkout stage by stage is worth, INDEXTTS_CHECKOUT=DIR, SIZE=middle or full
+	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
+	[ -e $(INDEXTTS_WEIGHTS)/made ] || { \
+	  $(INDEXTTS_VENV)/bin/python tests/indextts/make_checkpoint.py $(INDEXTTS_CHECKOUT) $(INDEXTTS_WEIGHTS) --size $(SIZE) --codes 100; \
+	  touch $(INDEXTTS_WEIGHTS)/made; }
+	$(INDEXTTS_VENV)/bin/python benchmarks/indextts.py $(INDEXTTS_CHECKOUT) $(INDEXTTS_WEIGHTS)
+
+.PHONY: soak
+soak: install ## half an hour of mixed traffic with faults injected: sent, answered, refused, lost, drift
+	$(BIN)/python benchmarks/soak.py
+
+.PHONY: bench-threads
+bench-threads: install ## compare ways to share the cores: TTS_THREADS and TTS_SLOTS
+	$(BIN)/python benchmarks/threads.py
 
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
@@ -66,6 +99,7 @@ lock: ## pin the newest versions that requirements*.in allow (needs uv)
 	$(LOCK) requirements-gpu.in -o requirements-gpu.txt
 	$(LOCK) requirements-test.in -o requirements-test.txt
 	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
+	$(LOCK) requirements-bench.in -o requirements-bench.txt
 
 .PHONY: clean
 clean: ## remove the virtual environment and the caches
@@ -92,6 +126,14 @@ install-test: install
 	  echo "$$sum" > $(VENV)/.installed-test; \
 	fi
 
+.PHONY: install-bench
+install-bench: install
+	@sum=$$(cat requirements-bench.txt | sha256sum); \
+	if [ "$$sum" != "$$(cat $(VENV)/.installed-bench 2>/dev/null)" ]; then \
+	  $(PIP) $(FROM_WHEELS) -r requirements-bench.txt; \
+	  echo "$$sum" > $(VENV)/.installed-bench; \
+	fi
+
 $(BIN)/pip:
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 or 3.12 found. Install one, or name it: make run PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c '$(supported)' || { echo "$(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
@@ -107,3 +149,8 @@ if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  echo "Python's venv module is missing. Type: sudo apt-get install $(venv_package)" >&2; exit 1; \
 	fi
 endef
+
+$(INDEXTTS_VENV)/installed:
+	python3.11 -m venv --clear $(INDEXTTS_VENV)
+	$(INDEXTTS_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps -r tests/indextts/requirements.txt
+	touch $@

@@ -5,7 +5,9 @@ Run:    gunicorn -c gunicorn.conf.py 'app:create_app()'        (make run does it
 POST /v1/audio/speech   OpenAI's createSpeech: wav, pcm, mp3, opus, aac or flac     (also /audio/speech)
 GET  /v1/audio/voices   the voices                                                  (also /audio/voices)
 GET  /v1/models         the model names, in OpenAI's shape; /v1/audio/models in Open WebUI's
+POST /v1/audio/voices   makes a voice of a recording; DELETE /v1/audio/voices/ID forgets it
 POST /tts_url           IndexTTS's native call, answers a WAV
+POST /upload_audio      keeps a reference audio for POST /tts_url_with_cloning
 GET  /metrics, /openapi.json   figures for Prometheus; the description of all this
 GET  /health            200 when an utterance would be spoken, else 503 and why
 
@@ -62,12 +64,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from werkzeug.exceptions import BadRequest, HTTPException, UnsupportedMediaType
+from werkzeug.datastructures import FileStorage
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, UnsupportedMediaType
 
 from access import WRONG_KEYS_S, ForwardedAddress, Keys, WrongKeys
 from metrics import Metrics
 from openapi import describe
 from reference_audio import BadReference, find_reference, load_reference
+from reference_store import OwnVoice, OwnVoices, Uploads
 from scheduling import Cancellation, Claim, Jobs, Slots
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 
@@ -131,6 +135,13 @@ class Settings:
     utterance_timeout_s: Annotated[float, Field(gt=0)] = 600.0  # patience for one utterance, its wait included
     drain_timeout_s: Annotated[int, Field(ge=0)] = 600  # how long TERM waits for running requests
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1 << 20
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = 10 << 20  # of a recording; OpenAI's limit
+    open_uploads: bool = False  # take /upload_audio without a key where keys are set: the dubbing worker sends none
+    upload_dir: Path = HERE / "uploads"
+    upload_dir_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30  # in all; the longest unused are removed first
+    upload_max_age_s: Annotated[float, Field(gt=0)] = 86_400.0  # since its last use
+    own_voices_dir: Path = HERE / "own_voices"  # voices that clients made
+    max_own_voices: Annotated[int, Field(ge=0, le=1000)] = 100
 
     @classmethod
     def from_env(cls, environ: dict[str, str] | None = None) -> Settings:
@@ -159,6 +170,10 @@ SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a pla
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
 RETRY_AFTER_S = 5
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
+UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
+MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
+NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
 OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
@@ -229,6 +244,32 @@ class InvalidRequest(SpeechError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+
+
+class UnknownVoice(SpeechError):
+    """404: there is no such voice of a client's own."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "voice_not_found"
+
+
+class TooLarge(SpeechError):
+    """413: a recording of more bytes than are taken."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+    def __init__(self, limit: int):
+        super().__init__(f"The recording is too large: this server takes TTS_MAX_UPLOAD_BYTES, {limit} bytes.")
+
+
+class NoSpace(SpeechError):
+    """507: a recording could not be written."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class InvalidKey(SpeechError):
@@ -369,6 +410,16 @@ class NativeRequest(JsonRequest):
     max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
 
 
+class CloningRequest(JsonRequest):
+    """IndexTTS's /tts_url_with_cloning; the paths are what /upload_audio answered."""
+
+    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS), SPOKEN]
+    spk_audio_path: Annotated[str, Field(min_length=1)]
+    emo_audio_path: str | None = None
+    emo_alpha: Annotated[float, Field(ge=0, le=1.6)] = 1.0
+    max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
+
+
 CODES = {
     "missing": "missing_required_parameter",
     "string_too_long": "string_above_max_length",
@@ -394,17 +445,72 @@ def read_json() -> dict[str, Any]:
 
 
 def read_body() -> bytes:
-    """Return the body, of which the next bytes come within BODY_TIMEOUT_S; raise InvalidRequest or a 413."""
-    client: socket.socket | None = request.environ.get("gunicorn.socket")
-    try:
+    """Return the body; raise InvalidRequest or a 413."""
+    with reading():
         body = request.get_data()
         if request.content_length is None:
             request.stream.read(1)  # raises 413 where a chunked body was cut at the limit
-    except (ParseException, OSError, BadRequest):
+    return body
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around reading the body: its next bytes come within BODY_TIMEOUT_S, else raise InvalidRequest."""
+    client: socket.socket | None = request.environ.get("gunicorn.socket")
+    try:
+        yield
+    except (ParseException, OSError, BadRequest) as error:
+        if getattr(error, "errno", None) in FULL:
+            raise NoSpace("The server has no room for this body.") from None
         raise InvalidRequest("The body did not arrive whole: send all of it.", code="incomplete_body") from None
     if client:
         client.settimeout(SEND_TIMEOUT_S)
-    return body
+
+
+@contextmanager
+def received(param: str) -> Iterator[FileStorage]:
+    """Give a multipart body's recording, to be kept; raise SpeechError where it cannot be taken or kept."""
+    service = speech()
+    if not service.receiving.acquire(blocking=False):
+        raise Busy(f"{UPLOADS_AT_ONCE} recordings are being received; come back in {RETRY_AFTER_S} s.")
+    try:
+        yield recording(param)
+    except BadReference as error:
+        raise InvalidRequest(f"'{param}' {error}.", param, "bad_reference_audio") from None
+    except OSError as error:
+        log.error("%s a recording could not be written: %s", g.request_id, error)
+        raise NoSpace(f"The recording could not be kept: {error.strerror}.") from None
+    finally:
+        service.receiving.release()
+
+
+def recording(param: str) -> FileStorage:
+    """Return the file in a multipart body; raise InvalidRequest or TooLarge."""
+    engine, limit = speech().engine, speech().settings.max_upload_bytes
+    request.max_content_length = limit + MULTIPART_BYTES
+    try:
+        with reading():
+            file = request.files.get(param)
+    except RequestEntityTooLarge:
+        raise TooLarge(limit) from None
+    if not engine.can_clone:  # told once the body is read: a client that still sends might not hear it
+        told = f"'{param}': the {engine.name} engine cannot clone a voice; it speaks in those of GET /v1/audio/voices."
+        raise InvalidRequest(told, param, "cannot_clone")
+    if file is None:
+        told = f"'{param}': send the recording as this field of a multipart/form-data body."
+        raise InvalidRequest(told, param, "missing_required_parameter")
+    if file.seek(0, io.SEEK_END) > limit:
+        raise TooLarge(limit)
+    file.seek(0)
+    return file
+
+
+def form_text(param: str) -> str:
+    """Return a multipart body's text of 1 to 256 characters; raise InvalidRequest."""
+    text = request.form.get(param, "").strip()
+    if not (0 < len(text) <= 256 and text.isprintable()):
+        raise InvalidRequest(f"'{param}': give 1 to 256 printable characters.", param)
+    return text
 
 
 def parse(model: type[JsonRequest], body: dict[str, Any]) -> Any:
@@ -517,6 +623,12 @@ class Voices(BaseModel):
         return next((voice for voice in self.voices if Path(voice.reference_audio).name == base), None)
 
 
+def own_voice(made: OwnVoice, like: Voice) -> Voice:
+    """Return a client's own voice as one of the voices."""
+    told = {"id": made.id, "name": made.name, "description": {}, "reference_audio": str(made.audio)}
+    return like.model_copy(update=told)
+
+
 def line_of(text: str, location: tuple[int | str, ...]) -> int:
     """Line of voices.json that a validation error is about: its voice's `id`, else its first key."""
     if len(location) > 1 and location[0] == "voices":
@@ -539,8 +651,9 @@ def line_of_name(text: str, told: str) -> int:
 
 # === Text to utterances ===
 
-PARAGRAPH, SENTENCE, CLAUSE, QUOTED, WORD = 4, 3, 2, 1, 0  # how strong a break in the text is
-PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, WORD: 0.03}  # what is heard there, at speed 1
+PARAGRAPH, SENTENCE, CLAUSE, QUOTED, JOINT, WORD = 5, 4, 3, 2, 1, 0  # how strong a break in the text is
+# what is heard there, at speed 1
+PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, JOINT: 0.03, WORD: 0.03}
 FIRST_SYLLABLES, FULL_SYLLABLES = 14, 56  # of the first utterance and of the longest: about 3 s and 13 s of speech
 PAIRS = ("“”", "「」", "『』", "《》", "（）", r"\(\)", '""')
 QUOTE = re.compile("|".join(f"{a}[^{a}{b}\n]{{1,200}}{b}" for a, b in (re.findall(r"\\?.", pair) for pair in PAIRS)))
@@ -549,13 +662,22 @@ ABBREVIATION = re.compile(
     r"|(?:No|Nos|Fig|Figs|Vol|pp|p|Ch|Sec|Art)\.(?=\s*\d)|(?:[A-Za-z]\.)+(?!\s*$))\s*",
     re.IGNORECASE,
 )
+# Where a text without marks is cut with the least to hear: before these words, and after these particles.
+JOINTS = (
+    r"\s+(?=(?:and|but|or|so|which|who|that|because|when|while|where|if|after|before|until|although|though|since|than"
+    r"|with|without|for|from|into|through|between|during|under|over|by|in|on|at)\b)"
+    "|(?=而且|但是|因为|所以|然后|并且|如果|或者|以及|虽然|不过|于是|只要|只有|无论|同时|我们|你们|[他她它]们|大家|这[个些样]"
+    "|那[个些样]|[今明昨]天|现在|已经|可以|可能|应该|没有|不是|就是|还是)"
+    "|(?<=的)(?!时候|话|确|士)(?<!目的)|(?<=了)(?!解|不|得|[吗吧呢的])|(?<=着)(?![急火手想重名落陆眼迷凉的])"
+    "|(?<=过)(?![去程来年分度于敏时期滤渡后了的])"
+)
 SPACE = r"[^\S\n]*"
 AFTER = rf"[\"'”’）)」』》】\]]*(?=\s|$|[\u2e80-\U0003ffff]){SPACE}"  # closing quotes belong to the sentence they end
 BREAK = re.compile(
     rf"(?P<paragraph>\s*\n\s*)|(?P<sentence>[。！？…；]+[”’）)」』》】]*{SPACE}|(?<![.!?;])[.!?;]++{AFTER})"
-    rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<word>\s+)"
+    rf"|(?P<clause>[，、：—]+{SPACE}|[,:]{AFTER}|\s[-–—]+\s)|(?P<joint>{JOINTS})|(?P<word>\s+)"
 )
-STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "word": WORD}
+STRENGTH = {"paragraph": PARAGRAPH, "sentence": SENTENCE, "clause": CLAUSE, "joint": JOINT, "word": WORD}
 
 
 class Utterance(NamedTuple):
@@ -591,8 +713,9 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
     utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
     while start < len(text):
         marks = [mark for mark in marks if mark[0] > start]
-        near, far = (bisect_right(reach, reach[start] + size) - 1 for size in (limit, full))
-        end, strength = choose_break(marks, near, far, len(text)) or (whole_words(text, start, far), WORD)
+        sizes = (min(full, limit * times) for times in (1, 2, 2.5))
+        near, far, awaited = (bisect_right(reach, reach[start] + size) - 1 for size in sizes)
+        end, strength = choose_break(marks, near, far, awaited, len(text)) or (whole_words(text, start, far), WORD)
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
         start, limit = end, min(full, limit * 2)
@@ -617,18 +740,22 @@ def split_sentences(text: str) -> list[str]:
     return [text[start:end].strip() for start, end in itertools.pairwise([0, *ends, len(text)])]
 
 
-def choose_break(marks: list[tuple[int, int]], near: int, far: int, length: int) -> tuple[int, int] | None:
-    """Return the strongest, then latest break up to `near`, else the first clause up to `far`, else what there is."""
+def choose_break(
+    marks: list[tuple[int, int]], near: int, far: int, awaited: int, length: int
+) -> tuple[int, int] | None:
+    """Return the strongest, then latest break up to `near`; else the first clause up to `awaited`, which leaves no
+    short rest; else the strongest, then latest up to `far`, rather past `near` than before it."""
     paragraph = next((end for end, strength in marks if strength == PARAGRAPH), length)
-    clauses = [(end, strength) for end, strength in marks if strength >= CLAUSE and end <= min(far, paragraph)]
+    clauses = [(end, strength) for end, strength in marks if strength >= CLAUSE and end <= min(awaited, paragraph)]
     close = [mark for mark in clauses if mark[0] <= near]
     if paragraph <= near:
         return paragraph, PARAGRAPH
     if close:
         return max(close, key=lambda mark: (mark[1], mark[0]))
-    if clauses or paragraph <= far:
+    if clauses or paragraph <= awaited:
         return clauses[0] if clauses else (paragraph, PARAGRAPH)
-    return max((mark for mark in marks if mark[0] <= far), key=lambda mark: (mark[1], mark[0]), default=None)
+    within = (mark for mark in marks if mark[0] <= far)
+    return max(within, key=lambda mark: (mark[0] > near, mark[1], mark[0]), default=None)
 
 
 def whole_words(text: str, start: int, end: int) -> int:
@@ -974,7 +1101,7 @@ class VllmEngine:
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance; what comes back wrong is taken once more with another seed. Raises SpeechError."""
-        reference = options.reference or load_reference(reference_file(voice))
+        reference = options.reference or voice_reference(voice)
         for take in range(TAKES):
             seed = None if options.seed is None else options.seed + take
             spoken = self._speak(utterance, reference, options, seed)
@@ -1003,7 +1130,7 @@ class VllmEngine:
         seed, emotion = options.seed, options.emotion
         if seed is None or emotion.random or not self._voice.seeded:
             return None
-        reference = options.reference or load_reference(reference_file(voice))
+        reference = options.reference or voice_reference(voice)
         audio = emotion.audio and emotion.audio.digest
         return seed, reference.digest, audio, emotion.weight, emotion.vector, emotion.text
 
@@ -1030,6 +1157,14 @@ class VllmEngine:
 def reference_file(voice: Voice) -> Path:
     """Return where a voice's reference audio is: as voices.json says, from this file's folder."""
     return HERE / voice.reference_audio
+
+
+def voice_reference(voice: Voice) -> Reference:
+    """Return a voice's reference audio; raise Unavailable where it is gone, as a voice just deleted is."""
+    try:
+        return load_reference(reference_file(voice))
+    except BadReference as error:
+        raise Unavailable(f"The voice {voice.id} cannot be used now: {error}.") from None
 
 
 def take_fault(spoken: Spoken, sample_rate: int, text: str, speed: float) -> str | None:
@@ -1112,6 +1247,7 @@ class Order:
     reference: Reference | None = None  # speak like this, not like the voice
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
     unspoken: str = ""  # its letters that the engine does not read
+    patient: bool = False  # waits while the engine loads: the dubbing worker gives up after 6 s of refusals
     origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
@@ -1122,7 +1258,10 @@ class Speech:
 
     def __init__(self, settings: Settings, engine: Engine):
         self.settings, self.engine = settings, engine
-        self.voices = Voices.load(settings.voices_file)
+        self._voices = Voices.load(settings.voices_file)
+        self.own_voices = OwnVoices(settings.own_voices_dir, settings.max_own_voices)
+        self.uploads = Uploads(settings.upload_dir, settings.upload_max_age_s, settings.upload_dir_bytes)
+        self.receiving = threading.BoundedSemaphore(UPLOADS_AT_ONCE)
         self.trouble: str | None = "loading"
         self.started = time.monotonic()
         self.slots = settings.slots or engine.slots
@@ -1137,14 +1276,24 @@ class Speech:
         self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
         self.metrics.watch("speech_healthy", "1 when an utterance would be spoken", lambda: self.ailment() is None)
 
+    @property
+    def voices(self) -> Voices:
+        """The voices of voices.json, and after them the clients' own where the engine can clone them."""
+        made = self.own_voices.all() if self.engine.can_clone else []
+        own = [own_voice(each, self._voices.resolve(None)) for each in made]
+        return self._voices.model_copy(update={"voices": [*self._voices.voices, *own]})
+
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
+        if self.engine.can_clone:
+            self.uploads.start()
+            self.own_voices.start()
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def load(self) -> None:
         """Load the engine; ready means that a warm-up utterance came back."""
         self.engine.load()
-        self._check(self.voices)
+        self._check(self._voices)
         for text in ("Ready.", "好了。"):
             trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
         self.trouble = None
@@ -1178,8 +1327,8 @@ class Speech:
         try:
             voices = Voices.load(self.settings.voices_file)
             self._check(voices)
-            self.voices = voices
-            log.info("voices reloaded: %d", len(self.voices.voices))
+            self._voices = voices
+            log.info("voices reloaded: %d", len(voices.voices))
         except Exception as error:
             log.error("voices not reloaded, the running ones stay: %s", error)
 
@@ -1195,6 +1344,7 @@ class Speech:
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
         with self._admitted(len(order.text)):
+            self._await_loading(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
                 pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
@@ -1204,8 +1354,6 @@ class Speech:
 
     @contextmanager
     def _admitted(self, characters: int) -> Iterator[None]:
-        if reason := self.ailment():
-            raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
         with self._lock:
             full = self._requests >= self.settings.queue_requests
             too_much = self._requests and self._characters + characters > self.settings.queue_characters
@@ -1219,6 +1367,16 @@ class Speech:
             with self._lock:
                 self._requests -= 1
                 self._characters -= characters
+
+    def _await_loading(self, order: Order) -> None:
+        """Wait while the engine loads, if the order is patient; raise Unavailable where it cannot be spoken."""
+        deadline = time.monotonic() + self.settings.utterance_timeout_s
+        while order.patient and self.trouble == "loading" and time.monotonic() < deadline:
+            if order.is_gone():
+                raise ClientGone
+            time.sleep(CLIENT_CHECK_S)
+        if reason := self.ailment():
+            raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
@@ -1270,6 +1428,7 @@ class Speech:
             chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
         compute_s = time.perf_counter() - began
         order.compute_s += compute_s
+        self.metrics.compute_s.inc(compute_s)
         self.metrics.rtf.observe(compute_s / chunk.seconds)
         return stretch(chunk, order.speed / options.speed)
 
@@ -1349,9 +1508,11 @@ def begin() -> None:
     if client := environ.get("gunicorn.socket"):
         client.settimeout(BODY_TIMEOUT_S)
     environ["speech.path"] = quote(request.path, safe="/")[:200]  # for the log: no query, no line breaks
+    service = speech()
     if request.endpoint in OPEN_ENDPOINTS or request.method == "OPTIONS":
         return
-    service = speech()
+    if request.endpoint == "speech.upload_audio" and service.settings.open_uploads:
+        return
     if service.keys.needed and not service.keys.accept(sent_key()):
         if service.wrong_keys.count(request.remote_addr or "-"):
             raise TooManyWrongKeys(f"Too many wrong keys from your address; try again in {WRONG_KEYS_S} s.")
@@ -1377,10 +1538,10 @@ def finish(response: Response) -> Response:
 
 
 def tell_speech_error(error: SpeechError) -> Response:
-    """Answer with OpenAI's envelope, or on the native route in IndexTTS's shape."""
+    """Answer with OpenAI's envelope, or on the native routes in IndexTTS's shape."""
     if error.status >= 500:
         log.warning("%s %s: %s", g.request_id, error.status, error.logged())
-    body = {"status": "error", "error": error.message} if request.path == "/tts_url" else envelope(error)
+    body = {"status": "error", "error": error.message} if request.path in NATIVE_PATHS else envelope(error)
     response = jsonify(body)
     response.status_code = error.status
     response.headers.update(error.headers())
@@ -1439,13 +1600,46 @@ def create_native_speech() -> Response:
     """IndexTTS's native call."""
     body: NativeRequest = parse(NativeRequest, read_json())
     voice, reference = resolve_speaker(body.spk_audio_path)
-    full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
-    rate = speech().engine.sample_rate
-    order = Order(
-        body.text, voice, 1.0, rate, full,
-        emotion=asked_native_emotion(body), reference=reference, is_gone=watch_client(),
-    )  # fmt: skip
+    order = native_order(body, voice, asked_native_emotion(body), reference)
     return answer(order, "wav", body.ignored(speech().engine.honours))
+
+
+@api.post("/tts_url_with_cloning")
+def create_cloned_speech() -> Response:
+    """IndexTTS's native call in the voice of an upload."""
+    body: CloningRequest = parse(CloningRequest, read_json())
+    if not speech().engine.can_clone:
+        raise no_reference(body.spk_audio_path, "spk_audio_path")
+    voice, reference = resolve_speaker(body.spk_audio_path)
+    emotion = asked_cloned_emotion(body, reference or voice_reference(voice))
+    return answer(native_order(body, voice, emotion, reference), "wav", body.ignored(speech().engine.honours))
+
+
+@api.post("/upload_audio")
+def upload_audio() -> Response:
+    """Keep a recording for /tts_url_with_cloning; `server_path` only looks like a path."""
+    with received("file") as file:
+        token, size = speech().uploads.add(file.stream)
+    return jsonify(server_path=token, filename=Path(token).name, size=size, status="success")
+
+
+@api.post("/v1/audio/voices")
+@api.post("/audio/voices")
+def create_voice() -> Response:
+    """OpenAI's custom voices: make one of a recording."""
+    with received("audio_sample") as file:
+        made = speech().own_voices.add(form_text("name"), form_text("consent"), file.stream)
+    told = {"id": made.id, "name": made.name, "created_at": made.created_at}
+    return jsonify(object="audio.voice", type="audio_sample", **told)
+
+
+@api.delete("/v1/audio/voices/<voice_id>")
+@api.delete("/audio/voices/<voice_id>")
+def delete_voice(voice_id: str) -> Response:
+    """Forget a voice that a client made."""
+    if not speech().own_voices.remove(voice_id):
+        raise UnknownVoice(f"There is no voice of your own with the id {printable(voice_id, 64)!r}.", "voice_id")
+    return jsonify(id=voice_id, object="audio.voice.deleted", deleted=True)
 
 
 @api.get("/v1/audio/voices")
@@ -1476,7 +1670,7 @@ def list_audio_models() -> Response:
 def describe_api() -> Response:
     """The OpenAPI description."""
     audio = [fmt.content_type for fmt in FORMATS.values()]
-    return jsonify(describe("Speech server", RELEASE, SpeechRequest, NativeRequest, audio))
+    return jsonify(describe("Speech server", RELEASE, [SpeechRequest, NativeRequest, CloningRequest], audio))
 
 
 @api.get("/metrics")
@@ -1507,11 +1701,23 @@ def health() -> tuple[Response, int]:
     return jsonify(report), 200 if ailment is None else 503
 
 
+def native_order(
+    body: NativeRequest | CloningRequest, voice: Voice, emotion: Emotion, reference: Reference | None
+) -> Order:
+    """Return what a native call asks for, at the engine's rate as every answer of its kind."""
+    full = min(FULL_SYLLABLES, max(FIRST_SYLLABLES, body.max_text_tokens_per_sentence))
+    rate = speech().engine.sample_rate
+    return Order(
+        body.text, voice, 1.0, rate, full,
+        emotion=emotion, reference=reference, is_gone=watch_client(), patient=True,
+    )  # fmt: skip
+
+
 def resolve_speaker(path: str) -> tuple[Voice, Reference | None]:
     """Return the voice whose reference audio a path names, or the file to clone; raise InvalidRequest."""
     voice = speech().voices.of_reference(path)
     reference = read_reference(path, "spk_audio_path") if speech().engine.can_clone else None
-    if voice and (reference is None or reference.digest == load_reference(reference_file(voice)).digest):
+    if voice and (reference is None or reference.digest == voice_reference(voice).digest):
         return voice, None
     if reference:
         return speech().voices.resolve(None), reference
@@ -1523,14 +1729,16 @@ def resolve_emotion_audio(path: str, param: str) -> Reference:
     if reference := read_reference(path, param):
         return reference
     if voice := speech().voices.of_reference(path):
-        return load_reference(reference_file(voice))
+        return voice_reference(voice)
     raise no_reference(path, param)
 
 
 def read_reference(path: str, param: str) -> Reference | None:
-    """Return a file below TTS_REFERENCE_DIRS, None where it is not there; raise InvalidRequest for one unfit."""
+    """Return an upload, or a file below TTS_REFERENCE_DIRS; None for neither. Raises InvalidRequest for one unfit."""
     settings = speech().settings
     try:
+        if uploaded := speech().uploads.find(path):
+            return uploaded
         found = find_reference(path, settings.reference_dirs, settings.max_reference_bytes)
         return load_reference(found) if found else None
     except BadReference as error:
@@ -1573,6 +1781,14 @@ def asked_native_emotion(body: NativeRequest) -> Emotion:
     if not body.emo_ref_path:
         raise InvalidRequest("'emo_ref_path': method 1 needs the path of an emotion's audio.", "emo_ref_path")
     return Emotion(resolve_emotion_audio(body.emo_ref_path, "emo_ref_path"), body.emo_weight)
+
+
+def asked_cloned_emotion(body: CloningRequest, speaker: Reference) -> Emotion:
+    """Return the emotion of another audio; the speaker's own is what the engine takes anyway, at any weight."""
+    if not (body.emo_audio_path and speech().engine.can_emote):
+        return Emotion()
+    audio = resolve_emotion_audio(body.emo_audio_path, "emo_audio_path")
+    return Emotion() if audio.digest == speaker.digest else Emotion(audio, body.emo_alpha)
 
 
 def emotion_text(text: str, param: str) -> str:

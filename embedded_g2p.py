@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -44,6 +44,62 @@ def has_han(text: str) -> bool:
     return HAN.search(text) is not None
 
 
+# === Names: what symbols are called ===
+
+# symbol or code, before or after the amount: (Mandarin, English, English hundredth)
+CURRENCIES = {
+    "¥": ("元", "yuan", ""), "$": ("美元", "dollars", "cents"), "€": ("欧元", "euros", "cents"),
+    "£": ("英镑", "pounds", "pence"), "₩": ("韩元", "won", ""), "₹": ("卢比", "rupees", ""),
+    "₽": ("卢布", "rubles", ""), "₿": ("比特币", "bitcoins", ""), "¢": ("美分", "cents", ""),
+    "US$": ("美元", "US dollars", "cents"), "HK$": ("港元", "Hong Kong dollars", "cents"),
+    "NT$": ("新台币", "Taiwan dollars", ""), "A$": ("澳元", "Australian dollars", "cents"),
+    "C$": ("加元", "Canadian dollars", "cents"), "CA$": ("加元", "Canadian dollars", "cents"),
+    "S$": ("新元", "Singapore dollars", "cents"), "USD": ("美元", "US dollars", "cents"), "RMB": ("元", "yuan", ""),
+    "EUR": ("欧元", "euros", "cents"), "GBP": ("英镑", "pounds", "pence"), "CNY": ("元", "yuan", ""),
+    "HKD": ("港元", "Hong Kong dollars", "cents"), "JPY": ("日元", "yen", ""),
+}  # fmt: skip
+# symbol after a number: (Mandarin, English); hibari knows more, such as lb and GB
+UNITS = {
+    "um": ("微米", "micrometers"), "km^2": ("平方公里", "square kilometers"), "km2": ("平方公里", "square kilometers"),
+    "m^2": ("平方米", "square meters"), "m2": ("平方米", "square meters"), "m^3": ("立方米", "cubic meters"),
+    "m3": ("立方米", "cubic meters"), "cm^2": ("平方厘米", "square centimeters"),
+    "cm^3": ("立方厘米", "cubic centimeters"), "km": ("公里", "kilometers"), "m": ("米", "meters"),
+    "cm": ("厘米", "centimeters"), "mm": ("毫米", "millimeters"), "nm": ("纳米", "nanometers"),
+    "kg": ("公斤", "kilograms"), "g": ("克", "grams"), "mg": ("毫克", "milligrams"), "ug": ("微克", "micrograms"),
+    "t": ("吨", "tons"), "L": ("升", "liters"), "dL": ("分升", "deciliters"), "ml": ("毫升", "milliliters"),
+    "mL": ("毫升", "milliliters"), "Hz": ("赫兹", "hertz"), "kHz": ("千赫兹", "kilohertz"),
+    "MHz": ("兆赫兹", "megahertz"), "GHz": ("吉赫兹", "gigahertz"), "W": ("瓦", "watts"), "kW": ("千瓦", "kilowatts"),
+    "kWh": ("千瓦时", "kilowatt hours"), "V": ("伏", "volts"), "mAh": ("毫安时", "milliamp hours"),
+    "ohm": ("欧姆", "ohms"), "kohm": ("千欧", "kilohms"), "Mohm": ("兆欧", "megohms"), "dB": ("分贝", "decibels"),
+    "s": ("秒", "seconds"), "s^2": ("二次方秒", "seconds squared"), "ms": ("毫秒", "milliseconds"),
+    "us": ("微秒", "microseconds"), "min": ("分钟", "minutes"), "h": ("小时", "hours"),
+    "fps": ("帧每秒", "frames per second"), "°C": ("摄氏度", "degrees Celsius"), "°": ("度", "degrees"),
+    "°F": ("华氏度", "degrees Fahrenheit"),
+}  # fmt: skip
+# what may follow the slash of $5/month, besides a unit: (Mandarin, English)
+PER = {
+    "second": ("秒", "second"), "sec": ("秒", "second"), "minute": ("分钟", "minute"), "hour": ("小时", "hour"),
+    "hr": ("小时", "hour"), "day": ("天", "day"), "night": ("晚", "night"), "week": ("周", "week"),
+    "month": ("月", "month"), "mo": ("月", "month"), "year": ("年", "year"), "yr": ("年", "year"),
+    "person": ("人", "person"), "user": ("用户", "user"), "piece": ("件", "piece"), "lb": ("磅", "pound"),
+}  # fmt: skip
+PER_HAN = "年|月|日|天|周|晚|小时|时|分钟?|秒|人|户|次|个|件|台|瓶|只|张|本|节|公?斤|吨|克|升|公里|平方?米?|米|间"
+# symbol between two things: (Mandarin, English or "" where hibari knows it)
+OPERATORS = {
+    "+": ("加", "plus"), "=": ("等于", ""), "×": ("乘", ""), "÷": ("除以", ""), "±": ("正负", ""), ">": ("大于", ""),
+    "<": ("小于", ""), "≥": ("大于等于", "at least"), "≤": ("小于等于", "at most"), "≠": ("不等于", "is not"),
+    "≈": ("约等于", "about"), "√": ("根号", "the square root of"), "∞": ("无穷大", "infinity"), "→": ("到", ""),
+    "⇒": ("推出", "implies"), "∈": ("属于", "is in"), "∪": ("并", "union"), "∩": ("交", "intersection"),
+    "∝": ("正比于", "is proportional to"), "∫": ("积分", "the integral of"), "∠": ("角", "angle"),
+    "&": ("和", ""), "@": ("艾特", ""),
+}  # fmt: skip
+GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ο": "omicron", "π": "pi", "ρ": "rho",
+    "σ": "sigma", "ς": "sigma", "τ": "tau", "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega",
+}  # fmt: skip
+
+
 # === Clean: one spelling for each character ===
 
 # Before normalisation, which would lose the pause of a full-width comma and the height of a superscript.
@@ -52,13 +108,15 @@ SPELLINGS = str.maketrans(
     | dict.fromkeys("》〉」』】»", "” ") | dict.fromkeys("[{", " (") | dict.fromkeys("]}", ") ")
     | dict.fromkeys("’‘`", "'") | dict.fromkeys("₋−–‐‑", "-") | dict.fromkeys("·・™®©", " ")
     | {"！": "! ", "？": "? ", "；": "; ", "…": "… ", "㎡": "m^2", "㎥": "m^3", "ß": "ss", "æ": "ae", "œ": "oe"}
-    | dict(zip("⁄μøØłŁđĐı妳麽瞭藉於餘徵锺", "/uoOlLdDi你么了借于余征钟", strict=True))
+    | dict(zip("⁄øØłŁđĐı∆∑妳麽瞭藉於餘徵锺", "/oOlLdDiΔΣ你么了借于余征钟", strict=True))
 )  # fmt: skip
 TO_SIMPLIFIED = {ord(old): new for old, new in t2s_dict.items() if old not in "乾著"} | SPELLINGS
 AMBIGUOUS = (re.compile("著(?![名作称述])(?<![名原专显论土巨编译]著)"), "着"), (re.compile("乾(?![坤隆])"), "干")
 SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁻]+")
 VULGAR_FRACTION = re.compile("(?=[¼-¾⅐-⅞])")
-SYMBOLS = re.escape("~/\\|*#^_+=<>&@%‰$°×÷±≤≥≠≈√∞→¥€£₩₹")
+SYMBOLS = re.escape("~/\\|*#^_%‰°" + "".join(OPERATORS) + "".join(c for c in CURRENCIES if len(c) == 1))
+MICRO, OHM = re.compile("μ(?=[A-Za-z])"), re.compile(r"(?<=[\dkM])\s?Ω")
+GREEK_LETTER = re.compile("(?<![α-ω])[α-ω](?![α-ω])", re.IGNORECASE)  # in a word of them no letter has its own name
 NOT_SPOKEN = re.compile(rf"[^{HANS}A-Za-z0-9,.;:!?()\"'“”…—{SYMBOLS}-]+")
 
 
@@ -67,8 +125,10 @@ def clean(text: str) -> str:
     text = SUPERSCRIPT.sub(lambda m: "^" + m[0], VULGAR_FRACTION.sub(" ", text)).translate(TO_SIMPLIFIED)
     for pattern, simplified in AMBIGUOUS:
         text = pattern.sub(simplified, text)
-    text = unicodedata.normalize("NFKD", text).translate(SPELLINGS)
+    text = "".join(c if c == "≠" else unicodedata.normalize("NFKD", c) for c in text).translate(SPELLINGS)
     text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    text = OHM.sub("ohm", MICRO.sub("u", text))
+    text = GREEK_LETTER.sub(lambda m: f" {GREEK[m[0].lower()]} ", text)
     return NOT_SPOKEN.sub(" ", text.replace("...", "… ")).strip()
 
 
@@ -77,49 +137,64 @@ def clean(text: str) -> str:
 Speak = Callable[[re.Match[str]], str] | str
 HAN_DIGITS = dict(zip("0123456789.", "零一二三四五六七八九点", strict=True))
 PHONE_DIGITS = HAN_DIGITS | {"1": "幺", "+": "加"}
-SCALES = {"k": "thousand", "m": "million", "b": "billion"}
+SCALES = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion", "tn": "trillion"}
 SCALE_ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-# symbol: (Mandarin, English, English hundredth)
-CURRENCIES = {
-    "¥": ("元", "yuan", ""), "$": ("美元", "dollars", "cents"), "€": ("欧元", "euros", "cents"),
-    "£": ("英镑", "pounds", "pence"), "₩": ("韩元", "won", ""), "₹": ("卢比", "rupees", ""),
-}  # fmt: skip
-# symbol: (Mandarin, English or "" where hibari knows it)
-UNITS = {
-    "km/h": ("公里每小时", ""), "m/s": ("米每秒", "meters per second"), "um": ("微米", "micrometers"),
-    "km^2": ("平方公里", "square kilometers"), "km2": ("平方公里", "square kilometers"),
-    "m^2": ("平方米", "square meters"), "m2": ("平方米", "square meters"), "m^3": ("立方米", "cubic meters"),
-    "m3": ("立方米", "cubic meters"), "cm^2": ("平方厘米", "square centimeters"), "km": ("公里", ""),
-    "m": ("米", "meters"), "cm": ("厘米", ""), "mm": ("毫米", ""), "nm": ("纳米", ""), "kg": ("公斤", ""),
-    "g": ("克", "grams"), "mg": ("毫克", ""), "t": ("吨", "tons"), "L": ("升", "liters"), "ml": ("毫升", ""),
-    "mL": ("毫升", "milliliters"), "Hz": ("赫兹", ""), "kHz": ("千赫兹", ""), "MHz": ("兆赫兹", ""),
-    "GHz": ("吉赫兹", ""), "W": ("瓦", "watts"), "kW": ("千瓦", ""), "kWh": ("千瓦时", ""), "V": ("伏", "volts"),
-    "mAh": ("毫安时", ""), "dB": ("分贝", "decibels"), "s": ("秒", ""), "ms": ("毫秒", ""), "min": ("分钟", ""),
-    "h": ("小时", "hours"), "fps": ("帧每秒", ""), "°C": ("摄氏度", "degrees Celsius"), "°": ("度", "degrees"),
-    "°F": ("华氏度", "degrees Fahrenheit"),
-}  # fmt: skip
-# symbol between two things: (Mandarin, English or "" where hibari knows it)
-OPERATORS = {
-    "+": ("加", "plus"), "=": ("等于", ""), "×": ("乘", ""), "÷": ("除以", ""), "±": ("正负", ""), ">": ("大于", ""),
-    "<": ("小于", ""), "≥": ("大于等于", "at least"), "≤": ("小于等于", "at most"), "≠": ("不等于", "is not"),
-    "≈": ("约等于", "about"), "√": ("根号", "the square root of"), "∞": ("无穷大", "infinity"), "→": ("到", ""),
-    "&": ("和", ""), "@": ("艾特", ""),
-}  # fmt: skip
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 START = r"(?<![\w.,])"  # a number starts here; also keeps a failed match from being tried again at each digit
-UNIT = f"({'|'.join(re.escape(u) for u in sorted(UNITS, key=len, reverse=True))})(?![A-Za-z0-9^])"
-MONEY = rf"([{''.join(CURRENCIES)}])\s?({NUMBER})(?:\s?(thousand|million|billion|trillion)\b|([kKMB])\b)?"
-PHONE = (
-    r"(?<![\w.,-])(?:\+\d{1,3}(?:[ -]?\(?\d{2,4}\)?){2,4}|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3,4}-\d{4}"
-    r"|0\d{2,3}-\d{7,8}|1[3-9]\d{9}|\d{3}-\d{4})(?![\w-])"
+
+
+def _any(names: Iterable[str]) -> str:
+    """A pattern for one of the names, the longest first; one of letters is no part of a longer word."""
+    words = (re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return "|".join(rf"(?<![A-Za-z]){w}" + r"(?![A-Za-z])" * w[-1].isalpha() if w[0].isalpha() else w for w in words)
+
+
+CURRENCY = f"(?:{_any(CURRENCIES)})"
+UNIT = f"(?:{'|'.join(re.escape(u) for u in sorted(UNITS, key=len, reverse=True))})(?![A-Za-z0-9^])"
+SCALE = r"\s?(?:(?:thousand|million|billion|trillion)\b|百万|千万|[千万亿])|(?:[kKmMbB]|[bmt]n)\b"
+# £1.5m, US$ 100, 100￥: groups are symbol, amount, scale, symbol; the last only where there is no first
+MONEY = rf"(?:({CURRENCY})\s?|{START})({NUMBER})({SCALE})?(?(1)|\s?({CURRENCY})(?!\w))"
+# 10-20%, 5kg~10kg, $5-$10, -10~-5°C: up to the mark between, which it takes; no more marks follow, as in 1-2-3
+QUANTITY = rf"-?(?:{CURRENCY}\s?)?{NUMBER}(?:{SCALE}|\s?(?:%|{UNIT}|[ap]m\b)|st|nd|rd|th|[元年月日号点岁个])*"
+RANGE = rf"(?<![\w.,^-])({QUANTITY})\s?[-~]\s?(?=-?(?:{CURRENCY}\s?)?(?!0\d)(?>{NUMBER})(?![-/]\d))"
+OPERAND = r"(?:\d[\d.]*|[A-Za-z](?![A-Za-z]))"
+MINUS = rf"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\s?-\s?(?={OPERAND}(?:\s?[-+×÷*/]\s?{OPERAND}){{0,9}}\s?=)"  # 10-2=8
+# $5/month, 3 miles/hour, 5元/kg, 2次/天: groups are what comes before the slash, the name after it, a Han name after it
+RATE = (
+    rf"({CURRENCY}\s?{NUMBER}(?:{SCALE})?|{START}{NUMBER}\s?(?:%|{UNIT}|{CURRENCY}|[A-Za-z]+|[{HANS}]{{0,3}}))"
+    rf"\s?/\s?(?:({_any([*UNITS, *PER])})(?![A-Za-z0-9^])|({PER_HAN}))"
 )
-DATE = START + r"(\d{4})([-/.])(0?[1-9]|1[0-2])\2(0?[1-9]|[12]\d|3[01])(?![\d-])"
+PHONE = r"(?<![\w.,-])(?:" + "|".join((
+    r"\+\d{1,3}(?:[ -]?\(?\d{2,4}\)?){2,4}",  # +1 (555) 123-4567
+    r"(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-. ])\d{3}[-. ]\d{4}",  # 1-800-555-1234, 400 800 1234
+    r"\d{3}-\d{4}-\d{3,4}",  # 138-1234-5678
+    r"(?:\(0\d{2,3}\) ?|0\d{2,3}[- ])\d{7,8}",  # (010)62345678
+    r"0\d{2,4} \d{3,4} \d{3,4}",  # 0800 123 456
+    r"1[3-9]\d ?\d{4} ?\d{4}",  # 138 1234 5678
+    r"[2-9]\d\d-(?!\d\d00)\d{4}",  # 555-1234, but 500-1000
+)) + r")(?![\w-])"
+DATE = START + r"(\d{4})([-/.])(0?[1-9]|1[0-2])\2(0?[1-9]|[12]\d|3[01])(?!\d|-(?!\d{4}))"
 CLOCK = START + r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?![\d:])"
+TWELVE_HOURS = START + r"(\d{1,2})(?::([0-5]\d))?(?::[0-5]\d)?\s?([AaPp])(?:\.[Mm]\.|[Mm]\b)"
 LINK = (
     r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
     r"|(?:https?://|www\.)[\w./~%?#=&:@+-]*[\w/]"
     r"|(?<![\w.@-])(?:[\w-]+\.)+(?:com|cn|org|net|io|ai|dev|edu|gov)\b(?:/[\w./~%?#=&+-]*[\w/])?"
 )
+
+
+# before these a Mandarin number is read digit by digit, and after those; a quantity's next word shows that it is none
+CODES = (
+    "拨打?|致电|[呼打]|热线|电话|号码|客服|火警|报警|急救|QQ号?|微信号?|密码|验证码|尾号|[账帐卡学工单]号|订单|邮编|编码|群号"
+    "|房间|波音"
+)
+CODE_ENDS = "[室房]|号(?:房|楼|线)|报警|火警|急救|热线|订票|客服|服务台"
+HOTLINES = r"(?:12306|123[1-9]\d|100(?:86|10|01)|955\d\d|96110)"
+COUNTED = r"\s?[个元块人次名斤米公里分秒小时天年万千百亿倍条张台件岁度本套页字篇多笔平发]"
+SPELLED = "PIN|OTP|[Zz]ip(?: code)?|[Pp]ostcode|[Pp]ass(?:word|code)|[Cc]ode(?: is)?"
+CALLED = "(?:[Cc]all|[Dd]ial)(?:ing|l?ed|s)?"
+PERIOD = "(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun|Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*|Q[1-4])"
+SECONDS_AFTER = r"\b(?:for|in|after|every|within|takes?|took|wait|about|to|than|under|over|only|just) |[:=<>(~] ?|min "
 
 
 def _rules(table: list[tuple[str, Speak]]) -> list[tuple[re.Pattern[str], Speak]]:
@@ -162,6 +237,11 @@ def _han_number(number: str) -> str:
     return _han_digits(number) if _by_digit(number) else re.sub("^二(?=[千万亿])", "两", cn2an.an2cn(number, "low"))
 
 
+def _han_code(match: re.Match[str]) -> str:
+    """'拨打110' -> '拨打幺幺零'."""
+    return match[1] + _han_digits(match[2], PHONE_DIGITS)
+
+
 def _han_model(match: re.Match[str]) -> str:
     """A number after a Latin word: three digits or more one by one unless round, as in RTX4090 but A100."""
     number = match[1]
@@ -169,19 +249,42 @@ def _han_model(match: re.Match[str]) -> str:
     return " " + (_han_digits(number) if one_by_one else _han_number(number))
 
 
+def _money(match: re.Match[str]) -> tuple[str, str, tuple[str, str, str]]:
+    """'£1.5m' -> '1.5', 'million', the names of £; a Han scale stays as it is."""
+    before, number, scale, after = match.groups()
+    scale = (scale or "").strip()
+    return number, SCALES.get(scale.lower(), scale), CURRENCIES[before or after]
+
+
 def _han_money(match: re.Match[str]) -> str:
     """'$1.2 million' -> '一百二十万美元'."""
-    symbol, number, scale, letter, han_scale = match.groups()
-    zeros = SCALE_ZEROS.get(scale or SCALES.get((letter or "").lower(), ""), 0)
-    amount = f"{Decimal(number.replace(',', '')).scaleb(zeros):f}"
-    return _han_number(re.sub(r"(\.\d*?)0+$", r"\1", amount).rstrip(".")) + (han_scale or "") + CURRENCIES[symbol][0]
+    number, scale, (name, _, _) = _money(match)
+    amount = f"{Decimal(number.replace(',', '')).scaleb(SCALE_ZEROS.get(scale, 0)):f}"
+    han_scale = "" if scale in SCALE_ZEROS else scale
+    return _han_number(re.sub(r"(\.\d*?)0+$", r"\1", amount).rstrip(".")) + han_scale + name
+
+
+def _han_half_day(match: re.Match[str]) -> str:
+    """'9am' -> '上午9点'; what the text says itself (晚上9pm) stands."""
+    said, hour, minute, half = match.groups()
+    minutes = f"{minute}分" if minute not in (None, "00") else ""
+    return f"{said or ('上午' if half in 'aA' else '下午')}{hour}点{minutes}"
+
+
+def _han_slash(match: re.Match[str]) -> str:
+    """'1/2' -> '二分之一', but '50/50' and '16/9' are ratios."""
+    above, below = int(match[1]), int(match[2])
+    if above + below == 100 or above >= below >= 9:
+        return f"{_han_number(match[1])}比{_han_number(match[2])}"
+    return f"{_han_number(match[2])}分之{_han_number(match[1])}"
 
 
 def _han_clock(match: re.Match[str]) -> str:
     """'10:30' -> '十点三十分', '08:05:30' -> '八点零五分三十秒'."""
     hour, minute, second = match.groups()
-    minutes = f"{_han_number(minute)}分" if minute != "00" or second else ""
-    return f"{_han_number(str(int(hour)))}点{minutes}" + (f"{_han_number(second)}秒" if second else "")
+    seconds = f"{_han_number(second)}秒" if second not in (None, "00") else ""
+    minutes = f"{_han_number(minute)}分" if minute != "00" or seconds else ""
+    return f"{_han_number(str(int(hour)))}点{minutes}{seconds}"
 
 
 def _han_date(match: re.Match[str]) -> str:
@@ -202,20 +305,34 @@ def _cardinal(number: str) -> str:
     return words.replace(",", "").replace(" and ", " ") + (f" point {_english_digits(fraction)}" if fraction else "")
 
 
+def _singular(plural: str) -> str:
+    """'square meters' -> 'square meter', 'degrees Celsius' -> 'degree Celsius'."""
+    return re.sub(r"(?<!s)s(?= |$)", "", plural, count=1)
+
+
 def _counted(number: str, plural: str) -> str:
     """'1', 'square meters' -> 'one square meter'."""
-    return f"{_cardinal(number)} {re.sub(r's(?= |$)', '', plural, count=1) if number == '1' else plural}"
+    return f" {_cardinal(number)} {_singular(plural) if number == '1' else plural}"
 
 
 def _english_money(match: re.Match[str]) -> str:
     """'$3.50' -> 'three dollars and fifty cents', '$1.2M' -> 'one point two million dollars'."""
-    symbol, number, scale, letter = match.groups()
-    _, name, hundredth = CURRENCIES[symbol]
-    scale = scale or SCALES.get((letter or "").lower())
+    number, scale, (_, name, hundredth) = _money(match)
     whole, _, cents = number.partition(".")
-    if scale or not hundredth or len(cents) not in (0, 2):
-        return f"{_cardinal(number)} {scale or ''} {name}"
-    return _counted(whole, name) + (f" and {_counted(str(int(cents)), hundredth)}" if cents.strip("0") else "")
+    if scale:
+        return f" {_cardinal(number)} {scale} {name}"
+    if not hundredth or len(cents) not in (0, 2):
+        return _counted(number, name)
+    parts = [_counted(n.lstrip("0") or "0", names) for n, names in ((whole, name), (cents, hundredth)) if n.strip("0,")]
+    return " and".join(parts or [_counted(whole, name)])
+
+
+def _english_slash(match: re.Match[str]) -> str:
+    """'85/100' -> '85 out of 100', '120/80' -> '120 over 80', '50/50' as it is; hibari has fractions and dates."""
+    above, below = int(match[1]), int(match[2])
+    if above < below <= 10 or (1 <= above <= 12 and 1 <= below <= 31):
+        return match[0]
+    return f"{above} {'' if above + below == 100 else 'over' if above > below else 'out of'} {below}"
 
 
 def _english_date(match: re.Match[str]) -> str:
@@ -224,74 +341,141 @@ def _english_date(match: re.Match[str]) -> str:
     return f"{MONTH_NAMES[int(month) - 1]} {numbers.ordinal(int(day))}, {year}"
 
 
+# Each group undoes an ambiguity for those below it: what is no quantity, then marks that join quantities, then names
+# that stand by a number, then the numbers, then marks that are left.
+RULES = _rules([
+    # one spelling: 2024-03-15T10:30Z, 1h 30m, 5m 30s, +/-5, H.264, $.50, $-5, $5-10
+    (r"(?<=\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?", r" \1 "),
+    (r"(?<=\d\d:\d\d) Z\b", " UTC"),
+    (r"(\d)h ?(\d+)m(?![a-z])", r"\1h \2min "),
+    (r"(\d)m ?(?=\d+s\b)", r"\1min "),
+    (r"\+/-", "±"),
+    (r"\b([A-Z])\.(?=\d)", r"\1 "),
+    (rf"(?<![\w{HANS}.…)])\.(?=\d)", "0."),
+    (rf"({CURRENCY})-(?=\d)", r"-\1"),
+    (rf"({CURRENCY})\s?({NUMBER})\s?([-~])\s?({NUMBER}(?:{SCALE})?)(?![\d-])", r" \2\3\4\1"),
+])  # fmt: skip
 ZH_RULES = _rules([
+    # no quantities: addresses, phones, codes (拨打110, 12306订票, QQ:12345678, 301室), model names (歼-20)
     (LINK, _link("点", "斜杠", "艾特")),
     (PHONE, lambda m: _han_digits(m[0], PHONE_DIGITS)),
+    (rf"((?:{CODES})(?:\s?[:是为]\s?|了|过| )?)(\d{{3,}})(?![\d%~-]|[.,]\d|{COUNTED})", _han_code),
+    (rf"{START}()({HOTLINES}(?![\w%~-]|[.,]\d|{COUNTED})|\d{{3,}}(?=\s?(?:{CODE_ENDS})))", _han_code),
+    ("(?<=[歼轰运直征舟宫娥风])-(?=[0-9])", ""),
+    # dates, half days: 2024-03-15, 9am
     (DATE, _han_date),
-    (r"(:\d\d)\s?[-~]\s?(?=\d{1,2}:\d\d)", r"\1到"),
-    (CLOCK, _han_clock),
-    (MONEY + r"\s?(百万|千万|[千万亿])?", _han_money),
+    (rf"([上下]午|早上|晚上|中午|凌晨)?\s?{TWELVE_HOURS}", _han_half_day),
+    # between quantities: 2-1获胜, 10-2=8, 2019-2020年, 10-20%, 周一-周五; then 10:30, -5, -$5
+    (r"(比分|[以了])\s?(\d{1,3})-(?=\d{1,3}(?!\d))", r"\1\2比"),
+    (r"(?<![\d-])(\d{1,3})-(?=\d{1,3}(?:获胜|取胜|战胜|击败|战平|领先|落后|大胜|险胜|逆转|不敌))", r"\1比"),
+    (MINUS, "减"),
     (rf"{START}(\d{{4}})\s?[-~]\s?(\d{{4}})(?=\s?年)", lambda m: f"{_han_digits(m[1])}到{_han_digits(m[2])}"),
-    (r"(?<!\d)(1\d{3}|20\d{2})\s?(?=年)", lambda m: _han_digits(m[1])),
+    (RANGE, r"\1到"),
+    ("(?<=[一二三四五六七八九十日月周点分])\\s?[-~]\\s?(?=[上下早晚周星一二三四五六七八九十])", "到"),
+    (CLOCK, _han_clock),
+    (rf"(?<![\w.,^)-])-(?=(?:{CURRENCY}\s?)?\d)", "负"),
+    # rates and money: 5元/kg, $5/月, ¥99, 100￥
+    (RATE, lambda m: f"{m[1]}每{m[3] or (UNITS.get(m[2]) or PER[m[2]])[0]}"),
+    (MONEY, _han_money),
+    # years and decades: 2024年 but 1500年历史, 90后, 1980s
+    (r"(?<!\d)(1\d00|2000)\s?(?=年(?:前(?!后)|以前|来|之久|的?历史))", lambda m: _han_number(m[1])),
+    (r"(?<!\d)(?!1000)(1\d{3}|20\d{2})\s?(?=年)", lambda m: _han_digits(m[1])),
     (r"(?<!\d)(\d0)(?=后)", lambda m: _han_digits(m[1])),
     (r"(?<!\d)((?:1\d|20)\d0)s\b", lambda m: f"{_han_digits(m[1])}年代"),
     (r"(?<!\d)(\d{3,4})(?=[pP]\b)", lambda m: _han_digits(m[1])),
     (r"(?<!\d)(\d+)(?:st|nd|rd|th)\b", r"第\1"),
-    (rf"(?<![\w.,^-])({NUMBER}[%°C万亿元年月日号点岁]*)\s?[-~]\s?(?=\d)", r"\1到"),
-    (r"(?<![\w.,^)-])-(?=\d)", "负"),
+    (r"\b[Nn][Oo]\. ?(?=\d)", "第"),
+    # ratios, fractions, percentages: 16:9, 2 1/2, 24/7, 10 / 2, -5°C, 35%
     (rf"{START}({NUMBER})\s?:\s?({NUMBER})", r"\1比\2"),
-    (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", lambda m: f"{_han_number(m[2])}分之{_han_number(m[1])}"),
+    (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", lambda m: _han_digits(m[1]) + " "),
+    (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1又"),
+    (r"(?<![\w./])24/7(?![\w/])", "24 7"),
+    (r"(?<=\d) / (?=\d)", "除以"),
+    (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", _han_slash),
     (rf"负({NUMBER})\s?(?=°C|摄氏度)", r"零下\1"),
-    (rf"({NUMBER})\s?%", r"百分之\1"),
-    (rf"({NUMBER})\s?‰", r"千分之\1"),
-    (rf"{START}({NUMBER})\s?{UNIT}", lambda m: m[1] + UNITS[m[2]][0]),
+    (rf"(?<!\d)({NUMBER})\s?%", r"百分之\1"),
+    (rf"(?<!\d)({NUMBER})\s?‰", r"千分之\1"),
+    # units, powers, marks before and after a number: 5kg, x^2, 1e6, 5'11", ~5, ≥5, #1, 50+, 3x4
+    (rf"{START}({NUMBER})\s?({UNIT})", lambda m: m[1] + UNITS[m[2]][0]),
+    (rf"{START}({NUMBER})[eE]([+-]?\d{{1,3}})(?!\w)", r"\1乘10^\2"),
     (r"\^([23])(?!\d)", lambda m: {"2": "平方", "3": "立方"}[m[1]]),
-    (r"\^(-?)(\d+)", lambda m: f"的{m[1] and '负'}{_han_number(m[2])}次方"),
+    (r"\^(-?)\+?(\d+)", lambda m: f"的{m[1] and '负'}{_han_number(m[2])}次方"),
+    (rf"{START}(\d)'\s?(\d{{1,2}})(?!\d)\"?", r"\1英尺\2英寸"),
     (r"~\s?(?=\d)", "约"),
+    (r"([<>≥≤≈±√])(?=\d)", lambda m: OPERATORS[m[1]][0]),
     (r"#(\d+)", r"\1号"),
     (rf"(\d)\+(?=[{HANS}])", r"\1多"),
+    (r"(?<=\d)\+(?!\s?\w)", "加"),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", "乘"),
+    # numbers: 2个, 1.2.3, iPhone 15, 1,234
     (r"(?<![\d.])2(?=\s?(?:[个只本张条次位名件台辆家场周天年倍块种瓶杯顿份句遍岁克千万亿]|公[斤里]|小时|分钟))", "两"),
-    (r"\d+(?:\.\d+){2,}", lambda m: _han_digits(m[0])),
+    (r"(?<!\d)\d+(?:\.\d+){2,}", lambda m: _han_digits(m[0])),
     (r"(?<=[A-Za-z])[-_]?(\d+(?:\.\d+)?)", _han_model),
     (r"(?<=[A-Z]) (\d{4})(?!\d)", _han_model),
     (NUMBER, lambda m: _han_number(m[0])),
+    # what is left: R&D, 3×4, app.py, A/B, a lone letter
     (r"(?<=[A-Za-z])&(?=[A-Za-z])", " and "),
     *[(rf"(?<=[^\s,.;:!?(])\s?{re.escape(o)}\s?(?=[^\s,.;:!?)])", zh) for o, (zh, _) in OPERATORS.items()],
     (r"(?<=[A-Za-z]{2})\.(?=[a-z]{2})", "点"),
     (rf"(?<=[{HANS}])\s?-\s?|\s?-\s?(?=[{HANS}])|[{SYMBOLS}]+", " "),
     (rf"(?<=[{HANS}])\s?(?=[A-Za-z])|(?<=[A-Za-z'])\s?(?=[{HANS}])", " "),
     (r"(?<![A-Za-z'.])([a-z])(?![A-Za-z'.])", lambda m: m[1].upper()),
+    (r"\bAB(?= 型)", "A B"),
 ])  # fmt: skip
-EN_RULES = _rules([
+EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, ranges, abbreviations and more units
+    # no quantities: addresses, phones, zip 90210, call 911, dates
     (LINK, _link("dot", "slash", "at")),
     (PHONE, lambda m: ("plus " if m[0][0] == "+" else "") + _english_digits(m[0])),
+    (rf"\b({SPELLED}) (\d{{3,}})(?![\d%~-]|[.,]\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
+    (rf"\b({CALLED}) ([1-9]11|988|999|112)\b(?!,\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
     (DATE, _english_date),
+    # between quantities: 10-2=8, Mon-Fri, 10-20%, 10:30-11:30; then 9am, 3:2
+    (MINUS, " minus "),
+    (rf"\b({PERIOD})-(?={PERIOD}\b)|(?<=, \d{{4}})()-(?=[A-Z])", r"\1\2 to "),
+    (RANGE, r"\1 to "),
+    (START + r"(\d{1,2})\s?([AaPp])\.?[Mm]\b\.?", lambda m: f"{m[1]} {m[2].upper()}.M."),
+    (rf"{START}(\d{{1,2}}):(\d|\d{{3,}})(?![\d:])", r"\1 to \2"),
+    (r"\b((?:ratio|odds|scale|score)(?: of| is| was|,|:)? \d{1,2}):(?=\d{1,2}(?![\d:]))", r"\1 to "),
+    # powers and negatives: m^3 waits for the units, -5, -$5
+    (rf"{START}({NUMBER})[eE]([+-]?\d{{1,3}})(?!\w)", r"\1 times 10^\2"),
+    (rf"(?<![\w)^-])-(?=(?:{CURRENCY}\s?)?\d)", "minus "),
+    # rates, money, decades, units: $5/month, £1.5m, the 30s but wait 30s, 5kg
+    (RATE, lambda m: f"{m[1]} per {_singular((UNITS.get(m[2]) or PER[m[2]])[1])}"),
     (MONEY, _english_money),
-    (rf"{START}({NUMBER})\s?{UNIT}", lambda m: _counted(m[1], UNITS[m[2]][1]) if UNITS[m[2]][1] else m[0]),
-    (r"(?<=\d)\s?~\s?(?=\d)|(?<=:\d\d)\s?-\s?(?=\d{1,2}:)", " to "),
-    (rf"{START}(\d{{1,2}}):(\d)(?![\d:])", r"\1 to \2"),
-    (r"\^([23])(?!\d)", lambda m: {"2": " squared", "3": " cubed"}[m[1]]),
-    (r"(?<=\w) ?\^ ?(-?\d+)", r" to the power of \1"),
+    (rf"({SECONDS_AFTER})(\d0)s\b", r"\1\2 seconds"),
+    (r"(?<!\d)((?:1\d|20)\d0|\d0)s\b", lambda m: re.sub("y$", "ie", numbers.year(int(m[1]))) + "s"),
+    (rf"{START}({NUMBER})\s?({UNIT})", lambda m: _counted(m[1], UNITS[m[2]][1])),
+    # slashes: 2 1/2, 24/7, 10 / 2, 85/100
+    (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", r"\1 "),
+    (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1 and "),
+    (r"(?<![\w./])24/7(?![\w/])", "24 7"),
+    (r"(?<=\d) / (?=\d)", " divided by "),
+    (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/]|\.\d)", _english_slash),
     (r"(?<=\d/\d)(?=\.(?!\d))", " "),  # hibari knows no fraction before a full stop
+    # powers and operators: x^2, 5'11", ~5, 3x4, 6 + 1, 50+
+    (r"\^([23])(?!\d)", lambda m: {"2": " squared", "3": " cubed"}[m[1]]),
+    (r"(?<=\w) ?\^ ?\+?(-?\d+)", r" to the power of \1"),
+    (rf"{START}(\d)'\s?(\d{{1,2}})(?!\d)\"?", r"\1 foot \2"),
+    (r"~\s?(?=\d)", "about "),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", " times "),
     *[(re.escape(o), f" {en} ") for o, (_, en) in OPERATORS.items() if en and o != "+"],
-    (r"(?<=\w)\s?\+\s?(?=\w)", " plus "),
+    (r"(?<=\w)\s?\+\s?(?=\w)|(?<=\d)\+(?!\+)", " plus "),
 ])  # fmt: skip
-EN_NUMBER_RULES = _rules([
+EN_NUMBER_RULES = _rules([  # after hibari
     (r"(?<!\d)(\d{1,9})(?:st|nd|rd|th)\b", lambda m: numbers.ordinal(int(m[1]))),
-    (r"(?<!\d)((?:1\d|20)\d0|\d0)s\b", lambda m: re.sub("y$", "ie", numbers.year(int(m[1]))) + "s"),
     (r"\s?%", " percent"),
     (r"(?<![\w)-])-(?=\d)", "minus "),
-    (r"\d+(?:\.\d+){2,}", lambda m: " point ".join(map(_english_digits, m[0].split(".")))),
     (r"(?<=[A-Za-z])[-_]?(?=\d)|(?<=\d)[-_]?(?=[A-Za-z])", " "),
+    # 1.2.3, 2024, RTX 4090, what hibari left of 1-2-3
+    (r"\d+(?:\.\d+){2,}", lambda m: " point ".join(map(_english_digits, m[0].split(".")))),
     (r"(?<![\d.,])(1[1-9]\d\d|20\d\d)(?![\d.,]?\d)", lambda m: numbers.year(int(m[1]))),
     (r"(?<=[A-Z] )(\d{4})(?!\d)", lambda m: numbers.year(int(m[1]))),
     (r"(?<=\d)[:/-](?=\d)", " "),
     (NUMBER, lambda m: _cardinal(m[0])),
+    # app.py, marks that are left, a lone letter
     (r"(?<=[A-Za-z]{2})\.(?=[a-z]{2})", " dot "),
     (rf"(?! ?[&@] ?)[{SYMBOLS}]+", " "),
-    (r"(?<= )([b-hj-z])(?= |$)", lambda m: m[1].upper()),
+    (r"(?:^|(?<= ))([b-hj-z])(?= |$)", lambda m: m[1].upper()),
 ])  # fmt: skip
 TIDY_RULES = _rules([
     (r"\s+", " "),
@@ -303,7 +487,7 @@ TIDY_RULES = _rules([
 
 def speakable(text: str, respell: Callable[[str], str] = str) -> str:
     """The text as words: '3.14%' in a Chinese line becomes '百分之三点一四'; respell is the lexicon's turn."""
-    text = respell(clean(text))
+    text = _rewrite(respell(clean(text)), RULES)
     if has_han(text):
         text = _rewrite(text, ZH_RULES)
     else:
@@ -409,24 +593,25 @@ def _lexicon_entry(line: str) -> tuple[str, str]:
     """'重庆 = chong2 qing4' -> its two sides, checked."""
     word, _, reading = re.sub("[\t=]", "\t", line, count=1).partition("\t")
     word, reading = clean(word).lower(), clean(reading.replace("ü", "v").replace("u:", "v"))
-    syllables = reading.split()
+    if not word or not reading:
+        raise LexiconError(f"{line!r} is no entry; write: word = reading")
+    if not re.search(f"[A-Za-z{HANS}]", reading):
+        raise LexiconError(f"{reading!r} cannot be spoken; write pinyin with tone digits, letters or characters")
+    _check_pinyin(word, reading.split())
+    return word, reading
+
+
+def _check_pinyin(word: str, syllables: list[str]) -> None:
+    """Raises LexiconError where a reading is meant as pinyin, in part or without tones, and does not fit the word."""
     toneless = [s for s in syllables if not _is_pinyin(s)]
     bare = toneless == syllables and _all_han(word) and all(_is_pinyin(s + "1") for s in syllables)
-    faults = {
-        f"{line!r} is no entry; write: word = reading": not word or not reading,
-        f"{reading!r} cannot be spoken; write pinyin with tone digits, letters or characters": not (
-            has_han(reading) or re.search("[A-Za-z]", reading)
-        ),
-        f"{' '.join(toneless)!r} is no pinyin; write each syllable with its tone digit, as in chong2 qing4": bare
-        or 0 < len(toneless) < len(syllables),
-        f"{len(syllables)} syllables for {word!r}; write one for each of its {len(word)} characters": not toneless
-        and _all_han(word)
-        and len(word) != len(syllables),
-    }
-    for fault, present in faults.items():
-        if present:
-            raise LexiconError(fault)
-    return word, reading
+    if bare or 0 < len(toneless) < len(syllables):
+        wrong = " ".join(toneless)
+        raise LexiconError(f"{wrong!r} is no pinyin; write each syllable with its tone digit, as in chong2 qing4")
+    if not toneless and _all_han(word) and len(word) != len(syllables):
+        raise LexiconError(
+            f"{len(syllables)} syllables for {word!r}; write one for each of its {len(word)} characters"
+        )
 
 
 def _is_pinyin(syllable: str) -> bool:

@@ -30,6 +30,7 @@ class Metrics:
             "speech_rtf", "Compute seconds over audio seconds, of an utterance", buckets=RTF, registry=registry
         )
         self.audio_s = Counter("speech_audio_seconds", "Seconds of audio sent", registry=registry)
+        self.compute_s = Counter("speech_compute_seconds", "Seconds that slots spent making audio", registry=registry)
         self.utterances = Counter(
             "speech_utterances", "Utterances by how they came: miss, shared, hit", ["origin"], registry=registry
         )

@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 
 from vllm_engine import Reference
 
 MIN_S, MAX_S = 1.0, 30.0  # what IndexTTS clones well; it reads no more than 15 s of it
 QUIET = 10 ** (-50 / 20)  # -50 dBFS: a peak below it is silence
-MIN_RATE, MAX_RATE = 8_000, 192_000  # Hz
-MAX_CHANNELS = 8
+WANTED = f"give {MIN_S:g} to {MAX_S:g} s of speech"
 CACHED = 64  # decoded files kept: 30 s at 48 kHz are 6 MB
+DECODER = Path(__file__).resolve().parent / "audio_decoder.py"
+DECODE_TIMEOUT_S = 10  # of waiting for a second of CPU
 
 
 class BadReference(ValueError):
@@ -50,7 +52,7 @@ def find_reference(name: str, folders: tuple[Path, ...], max_bytes: int) -> Path
 
 
 def load_reference(path: Path) -> Reference:
-    """Decode a file of any format FFmpeg reads into mono; raise BadReference where it is no usable reference audio."""
+    """Decode a file into mono; raise BadReference where it is no usable reference audio."""
     try:
         status = path.stat()
     except OSError as error:
@@ -60,36 +62,41 @@ def load_reference(path: Path) -> Reference:
 
 @lru_cache(CACHED)
 def _load(path: Path, _changed_ns: int, _size: int) -> Reference:
-    samples, rate = decode(path)
-    seconds = len(samples) / rate
-    if seconds < MIN_S:
-        raise BadReference(f"{path.name} lasts {seconds:.2f} s; give {MIN_S:g} to {MAX_S:g} s of speech")
-    if not np.abs(samples).max() > QUIET:
-        raise BadReference(f"{path.name} is silent; give {MIN_S:g} to {MAX_S:g} s of speech")
+    try:
+        samples, rate = decode(path.read_bytes(), MAX_S)
+        if len(samples) > MAX_S * rate:
+            raise BadReference(f"lasts over {MAX_S:g} s; {WANTED}")
+        check_speech(samples, rate)
+    except BadReference as error:
+        raise BadReference(f"{path.name} {error}") from None
     return Reference(samples, rate, hashlib.sha256(samples.tobytes() + str(rate).encode()).hexdigest())
 
 
-def decode(path: Path) -> tuple[np.ndarray, int]:
-    """Return float32 mono samples and their rate in Hz; raise BadReference, at the latest MAX_S into the file."""
-    parts: list[np.ndarray] = []
+def decode(data: bytes, seconds: float) -> tuple[np.ndarray, int]:
+    """Return at most a little over `seconds` of a file as float32 mono samples, and their rate in Hz.
+
+    Raises BadReference. FFmpeg runs in a process of its own, with a second of CPU and little memory.
+    """
+    command = [sys.executable, "-I", str(DECODER), str(seconds)]
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.audio[0]
-            rate, channels = stream.rate, stream.channels
-            if not (MIN_RATE <= rate <= MAX_RATE and 1 <= channels <= MAX_CHANNELS):
-                raise BadReference(f"{path.name} has {channels} channels at {rate} Hz; give mono or stereo speech")
-            to_float = av.AudioResampler(format="fltp")
-            left = int(MAX_S * rate)
-            for frame in container.decode(stream):
-                parts += [part.to_ndarray().mean(axis=0) for part in to_float.resample(frame)]  # FFmpeg's own mix clips
-                left -= frame.samples
-                if left < 0:
-                    raise BadReference(f"{path.name} lasts over {MAX_S:g} s; give {MIN_S:g} to {MAX_S:g} s of speech")
-    except (av.error.FFmpegError, IndexError, ValueError, MemoryError) as error:
-        if isinstance(error, BadReference):
-            raise
-        raise BadReference(f"{path.name} is not audio that FFmpeg can decode") from None
-    samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise BadReference("is not audio that can be decoded in reasonable time") from None
+    if done.returncode == 2:
+        raise BadReference(done.stderr.decode(errors="replace").strip())
+    if done.returncode:
+        raise BadReference("is not audio that FFmpeg can decode")
+    head, _, packed = done.stdout.partition(b"\n")
+    rate, channels = map(int, head.split())
+    samples = np.frombuffer(packed, np.float32).reshape(-1, channels).mean(axis=1)  # FFmpeg's own mix clips
     if not np.isfinite(samples).all():
-        raise BadReference(f"{path.name} holds samples that are not numbers")
+        raise BadReference("holds samples that are not numbers")
     return samples, rate
+
+
+def check_speech(samples: np.ndarray, rate: int) -> None:
+    """Raise BadReference where samples are too short or silent."""
+    if len(samples) < MIN_S * rate:
+        raise BadReference(f"lasts {len(samples) / rate:.2f} s; {WANTED}")
+    if not np.abs(samples).max() > QUIET:
+        raise BadReference(f"is silent; {WANTED}")

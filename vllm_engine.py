@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 PLUGIN = "speech_server"  # the name of vllm_plugin.py's entry point in speech_server.dist-info
 WATCH_S = 0.5  # between two looks at the engine's processes
 CLOSE_TIMEOUT_S = 10  # for the engine to let go of its processes before they are killed
+PASSING = (b"resource_tracker", b"audio_decoder.py")  # processes that are not the engine's: Python's bookkeeper, ours
 
 log = logging.getLogger("speech.vllm")
 
@@ -124,7 +125,8 @@ class EngineLoop:
         before = set(descendants(os.getpid()))
         threading.Thread(target=self._run, name="engine-loop", daemon=True).start()
         self.voice = asyncio.run_coroutine_threadsafe(create(), self._loop).result()
-        self._processes = {pid: name for pid in set(descendants(os.getpid())) - before if (name := vital_name(pid))}
+        started = filter(is_alive, set(descendants(os.getpid())) - before)  # a dead one may have changed parents
+        self._processes = {pid: name for pid in started if (name := vital_name(pid))}
         log.info("engine processes: %s", self._processes or "none")
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         return self.voice
@@ -250,13 +252,13 @@ def is_alive(pid: int) -> bool:
 
 
 def vital_name(pid: int) -> str | None:
-    """Return a process's name, None for Python's own bookkeeper, without which an engine goes on."""
+    """Return a process's name, None for one without which an engine goes on."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return None
-    return None if b"resource_tracker" in command else name
+    return None if any(each in command for each in PASSING) else name
 
 
 def end_processes(pids: dict[int, str], timeout_s: float) -> None:

@@ -1,176 +1,140 @@
-"""Load generator for any OpenAI-compatible speech server: first byte, first 200 ms of audio, audio per second.
+"""Load generator for any OpenAI-compatible speech server: first byte, first 200 ms, whole time, underruns, throughput.
 
     python benchmarks/bench.py                                          this repository's server, started for it
     python benchmarks/bench.py --url http://127.0.0.1:8880 --voice af_heart --concurrency 1 4 8
+    python benchmarks/bench.py --language zh en mixed --characters 10 1000 --format pcm mp3 --concurrency 1
+    python benchmarks/bench.py --rate 0.5 2                             open loop: so many requests a second
 
-Each concurrency N is a closed loop: N clients, each sending its next request when the last one is answered.
-Times are wall-clock seconds from the sending of the request. Loopback only, unless --allow-remote is given.
+Every combination of what is given is one row. `--concurrency N` is a closed loop: N clients, each sending its next
+request when the last one is answered; `--rate R` sends requests as strangers would, R a second on average, answered
+or not. No text is sent twice. `--growth N` sends N requests in a row and prints the server's resident memory.
+An underrun is a moment at which a player that started with the first audio has nothing left to play.
+Loopback only, unless --allow-remote is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
-import io
 import ipaddress
-import json
-import statistics
+import itertools
+import math
+import os
+import random
 import sys
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-import av
-from servers import RESULTS, leave_on_term, own_server
+from client import Run, Target, closed_loop, open_loop, percentile, speak
+from servers import leave_on_term, own_server, resident_mb
+from tables import markdown, save
+from texts import LANGUAGES, Texts
 
-PCM_BYTES_PER_S = 48_000  # s16 mono at 24 kHz, what OpenAI's clients assume of raw pcm
-FIRST_AUDIO_S = 0.2
-HEADER_BYTES = {"pcm": 0, "wav": 44}  # formats whose first 200 ms can be told by counting bytes
-REQUEST_TIMEOUT_S = 600
-
-PARAGRAPH = (
-    "The harbour was quiet that morning, and only a few gulls circled above the boats. "
-    "An old man in a blue coat untied his rope, looked up at the sky, and shook his head. "
-    "By noon the wind had turned, and nobody who knew the coast went out to sea."
-)
-STORY = PARAGRAPH + (
-    " His daughter kept the lamp in the tower, as her mother had done before her. "
-    "Every evening she climbed the ninety steps with a can of oil, counting them under her breath. "
-    "When the first ships passed the point she wrote their names into a thick grey book. "
-    "Most of them carried timber from the north, some carried salt, and one brought letters twice a month. "
-    "She liked the letters best, although few of them were meant for her. "
-    "In winter the road to the village was closed for weeks, and the two of them read aloud to each other. "
-    "They had eleven books, and they knew the endings of all of them by heart. "
-    "Still, there was something in the sound of a story that made the long nights shorter."
-)  # about a minute of speech
+OPEN_LOOP_S = 30  # how long requests keep coming
+CHECKPOINTS = (50, 100, 250, 500, 1000, 2000, 5000)  # requests after which memory is read
+GROWTH_CHARACTERS = (10, 200)
 
 
 @dataclass(frozen=True)
-class Target:
-    """A server and how to ask it: `extra` holds further fields of the request's body."""
+class Case:
+    """One row: what is asked for, and by how many clients; or, without clients, how often a second."""
 
-    name: str
-    url: str
-    voice: str = "alloy"
-    model: str = "tts-1"
+    language: str = "en"
+    characters: int = 100
     response_format: str = "pcm"
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answered request; times in seconds, `first_audio_s` None where the format does not tell."""
-
-    target: str
-    characters: int
-    first_byte_s: float
-    first_audio_s: float | None
-    total_s: float
-    audio_s: float
-    bytes: int
+    clients: int = 0
+    rate: float = 0.0
 
     @property
-    def speed(self) -> float:
-        """Audio seconds per second."""
-        return self.audio_s / self.total_s
+    def requests(self) -> int:
+        """Enough short texts for a median, and no more long ones than needed."""
+        if not self.clients:
+            return max(1, round(self.rate * OPEN_LOOP_S))
+        each, least = min(4, max(1, 400 // self.characters)), min(8, max(1, 2000 // self.characters))
+        return max(each * self.clients, least)
 
 
-def speak(target: Target, text: str) -> Sample:
-    """Ask for one text and read the answer as it comes; raise RuntimeError on any status but 200."""
-    address = urlsplit(target.url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_TIMEOUT_S)
-    body = {"model": target.model, "input": text, "voice": target.voice, "response_format": target.response_format}
-    began = time.perf_counter()
-    try:
-        connection.request(
-            "POST",
-            f"{address.path.rstrip('/')}/v1/audio/speech",
-            json.dumps(body | target.extra),
-            {"Content-Type": "application/json"},
-        )
-        response = connection.getresponse()
-        parts, arrivals, size = [], [], 0
-        while part := response.read1(65536):
-            parts.append(part)
-            size += len(part)
-            arrivals.append((size, time.perf_counter() - began))
-    finally:
-        connection.close()
-    data = b"".join(parts)
-    if response.status != 200 or not data:
-        raise RuntimeError(f"{target.name} answered {response.status}: {data[:300]!r}")
-    return Sample(
-        target=target.name,
-        characters=len(text),
-        first_byte_s=arrivals[0][1],
-        first_audio_s=first_audio(arrivals, target.response_format),
-        total_s=arrivals[-1][1],
-        audio_s=audio_seconds(data, target.response_format),
-        bytes=size,
-    )
+@dataclass(frozen=True)
+class Result:
+    """What a case gave, and the server's memory in MB afterwards."""
+
+    case: Case
+    run: Run
+    resident_mb: float = math.nan
 
 
-def first_audio(arrivals: list[tuple[int, float]], response_format: str) -> float | None:
-    """Return when the first 200 ms of audio were there; the last arrival for audio shorter than that."""
-    if response_format not in HEADER_BYTES:
-        return None
-    needed = HEADER_BYTES[response_format] + FIRST_AUDIO_S * PCM_BYTES_PER_S
-    return next((at for size, at in arrivals if size >= needed), arrivals[-1][1])
+def run_case(target: Target, case: Case, texts: Texts, requests: int = 0) -> Result:
+    """Run one case; `requests` overrides how many."""
+    target = replace(target, response_format=case.response_format)
+    sent = texts.take_many(case.language, case.characters, requests or case.requests)
+    run = closed_loop(target, sent, case.clients) if case.clients else open_loop(target, sent, case.rate)
+    result = Result(case, run, resident_mb(target.pid)) if target.pid else Result(case, run)
+    print("  " + "  ".join(case_row(result)), file=sys.stderr, flush=True)
+    for failure in run.failures[:1]:
+        print(f"  failed: {failure}", file=sys.stderr)
+    return result
 
 
-def audio_seconds(data: bytes, response_format: str) -> float:
-    """Return the audio's duration in seconds: counted for pcm, decoded for the others."""
-    if response_format == "pcm":
-        return len(data) / PCM_BYTES_PER_S
-    with av.open(io.BytesIO(data)) as container:
-        return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+CASE_HEADER = [
+    "text", "format", "load", "audio s per s", "first byte s", "first 200 ms s", "whole s", "underruns",
+    "CPU s per audio min", "resident MB", "requests", "failed",
+]  # fmt: skip
+CASE_NOTE = "Times: median / 95th percentile. Underruns: how many, and the seconds a player stood still."
 
 
-def closed_loop(target: Target, texts: list[str], concurrency: int) -> tuple[list[Sample], float]:
-    """Send every text with `concurrency` clients; return the samples and the whole time in seconds."""
-    began = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as clients:
-        samples = list(clients.map(lambda text: speak(target, text), texts))
-    return samples, time.perf_counter() - began
+def case_row(result: Result) -> list[str]:
+    """Return a result's row of the table."""
+    case, run = result.case, result.run
+    return [
+        f"{case.language} {case.characters}",
+        case.response_format,
+        f"{case.clients} at once" if case.clients else f"{case.rate:g} a second",
+        f"{run.speed:.2f}",
+        *(times(run, figure) for figure in ("first_byte_s", "first_audio_s", "total_s")),
+        underruns(run),
+        known(run.cpu_s_per_minute, 1),
+        known(result.resident_mb, 0),
+        str(len(run.samples)),
+        str(len(run.failures)),
+    ]
 
 
-def spread(values: Iterable[float | None], digits: int = 2) -> str:
-    """Return `median (least to most)`, or a dash where there is nothing to tell."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    return f"{statistics.median(known):.{digits}f} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+def known(value: float, digits: int) -> str:
+    """Return a figure as text, or a dash where it is not known."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+def times(run: Run, figure: str) -> str:
+    """Return a figure's `median / 95th percentile` over a run's samples."""
+    values = [getattr(sample, figure) for sample in run.samples]
+    return f"{percentile(values, 50):.2f} / {percentile(values, 95):.2f}"
 
 
-def save(name: str, content: object) -> Path:
-    """Write results/NAME.json and return its path."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
-    return path
+def underruns(run: Run) -> str:
+    """Return a run's underruns: how many in all, and for how long."""
+    count = sum(sample.underruns for sample in run.samples)
+    return f"{count} ({sum(sample.starved_s for sample in run.samples):.1f} s)" if count else "0"
 
 
-LOAD_HEADER = ["clients", "audio s per s", "first byte s", "first 200 ms s", "whole s", "requests", "audio s"]
+def growth(target: Target, requests: int, texts: Texts) -> dict[int, float]:
+    """Return the resident memory in MB at the checkpoints, while one client sends one request after another.
+
+    The lengths are uniform in their logarithm, the longest first; the languages take turns.
+    """
+    dice, (least, most) = random.Random(20), GROWTH_CHARACTERS
+    lengths = [most, *(round(least * math.exp(dice.random() * math.log(most / least))) for _ in range(requests - 1))]
+    resident = {}
+    for number, (characters, language) in enumerate(zip(lengths, itertools.cycle(LANGUAGES), strict=False), 1):
+        speak(target, texts.take(language, characters))
+        if number in CHECKPOINTS or number == requests:
+            resident[number] = resident_mb(target.pid)
+            print(f"  {number} requests: {resident[number]:.0f} MB", file=sys.stderr, flush=True)
+    return resident
 
 
-def load_row(target: Target, text: str, concurrency: int, requests: int) -> tuple[list[str], list[Sample]]:
-    """Run one closed loop; return its table row and its samples."""
-    samples, wall_s = closed_loop(target, [text] * requests, concurrency)
-    times: list[Callable[[Sample], float | None]] = [
-        lambda s: s.first_byte_s, lambda s: s.first_audio_s, lambda s: s.total_s
-    ]  # fmt: skip
-    audio_s = sum(sample.audio_s for sample in samples)
-    row = [str(concurrency), f"{audio_s / wall_s:.2f}", *(spread(map(time_of, samples)) for time_of in times)]
-    return [*row, str(requests), f"{audio_s:.0f}"], samples
+def machine() -> dict[str, float]:
+    """Return what the figures depend on: cores, and how many processes wanted them before the bench."""
+    return {"cores": os.cpu_count() or 1, "load_average": os.getloadavg()[0]}
 
 
 def check_loopback(url: str) -> None:
@@ -184,25 +148,42 @@ def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server; without it this repository's is started")
+    parser.add_argument("--pid", type=int, help="its process id, where it is on this machine: for CPU and memory")
     parser.add_argument("--voice", default="alloy")
     parser.add_argument("--model", default="tts-1")
-    parser.add_argument("--format", default="pcm")
-    parser.add_argument("--text", type=Path, help="a text file; default: a paragraph of three sentences")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--requests", type=int, help="for each concurrency; default: 4 a client")
+    parser.add_argument("--language", nargs="+", choices=LANGUAGES, default=["en"])
+    parser.add_argument("--characters", type=int, nargs="+", default=[100], help="of a text, about")
+    parser.add_argument("--format", nargs="+", choices=["pcm", "wav", "mp3"], default=["pcm"])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rate", type=float, nargs="+", help="open loop instead: requests a second")
+    parser.add_argument("--requests", type=int, default=0, help="of each row; default: by its length and clients")
+    parser.add_argument("--growth", type=int, metavar="N", help="instead: memory over N requests in a row")
     parser.add_argument("--allow-remote", action="store_true")
     return parser.parse_args()
 
 
-def measure(args: argparse.Namespace, url: str) -> None:
+def cases(args: argparse.Namespace) -> Iterable[Case]:
+    """Return every combination of what was asked for."""
+    loads = [(0, rate) for rate in args.rate] if args.rate else [(clients, 0.0) for clients in args.concurrency]
+    for language, characters, name, load in itertools.product(args.language, args.characters, args.format, loads):
+        yield Case(language, characters, name, *load)
+
+
+def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
     """Print the table of one server and write its samples."""
-    target = Target("server", url, args.voice, args.model, args.format)
-    text = args.text.read_text(encoding="utf-8").strip() if args.text else PARAGRAPH
-    speak(target, text)  # a first request that is not counted
-    runs = [load_row(target, text, count, args.requests or 4 * count) for count in args.concurrency]
-    print(markdown(LOAD_HEADER, [row for row, _ in runs]))
-    print(f"\nMedian (least to most); {len(text)} characters as {args.format}. Samples: "
-          f"{save('load', [samples for _, samples in runs])}")  # fmt: skip
+    before = machine()
+    target, texts = Target("server", url, args.voice, args.model, pid=pid), Texts()
+    speak(target, texts.take("en", 100))  # a first request that is not counted
+    if args.growth:
+        if not target.pid:
+            sys.exit("--growth reads the server's memory: give its --pid, or leave out --url")
+        resident = growth(target, args.growth, texts)
+        print(markdown(["requests", "resident MB"], [[str(n), f"{mb:.0f}"] for n, mb in resident.items()]))
+        print(f"\n{save('growth', resident)}")
+        return
+    results = [run_case(target, case, texts, args.requests) for case in cases(args)]
+    print(markdown(CASE_HEADER, map(case_row, results)))
+    print(f"\n{CASE_NOTE} Samples: {save('bench', {'machine': before, 'results': results})}")
 
 
 def main() -> None:
@@ -212,10 +193,10 @@ def main() -> None:
     if args.url:
         if not args.allow_remote:
             check_loopback(args.url)
-        measure(args, args.url)
+        measure(args, args.url, args.pid)
         return
     with own_server() as server:
-        measure(args, server.url)
+        measure(args, server.url, server.pid)
 
 
 if __name__ == "__main__":

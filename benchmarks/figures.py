@@ -1,30 +1,37 @@
-"""The figures of this server: start, memory, cost over the bare engine, first byte, load.
+"""The figures of this server: start, first audio, cost, load, fairness, memory; and what the plots are drawn from.
 
-    python benchmarks/figures.py [--requests 500]        about a quarter of an hour with 500 requests
-
-Memory is measured over requests of 1 to 500 characters, short ones more often (the logarithm of the length is
-uniform), the same ones in the same order every time; the first of them has 500 characters.
+    python benchmarks/figures.py [--growth 500]        about half an hour on two idle cores
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import http.client
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from bench import LOAD_HEADER, PARAGRAPH, STORY, Target, load_row, markdown, save, speak, spread
-from servers import ROOT, Server, leave_on_term, own_server
+from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
+from client import Run, Target, ask, closed_loop, connect, speak
+from cost import cost_figures, cost_runs
+from servers import RESULTS, ROOT, Server, leave_on_term, own_server
+from tables import markdown, save, spread
+from texts import LANGUAGES, PARAGRAPH, STORY, Texts
 
 sys.path.insert(0, str(ROOT))
 
 from app import Settings, Voices, split_utterances
 from embedded_voice import EmbeddedVoice
 
-MAX_CHARACTERS = 500
-CHECKPOINTS = (50, 100, 500)  # requests after which memory is read
+LOADS = [Case(clients=clients) for clients in (1, 2, 4, 8, 16)]
+LENGTHS = [Case(language, length, clients=1) for language in LANGUAGES for length in (10, 100, 1000, 4000)]
+FORMATS = [Case(response_format=name, clients=1) for name in ("wav", "mp3")]
+OPEN = [Case(rate=0.25), Case("zh", 10, rate=1.0)]
 Row = list[str]  # what, figure, the figure to reach
 
 
@@ -37,24 +44,70 @@ def start_figure(starts: int = 3) -> Row:
     return ["start to ready, s", spread(seconds), "under 5"]
 
 
-def texts_of_all_lengths(count: int) -> list[str]:
-    """Return texts of 1 to MAX_CHARACTERS characters cut from the story, the longest first."""
-    dice = random.Random(20)
-    lengths = [MAX_CHARACTERS] + [round(MAX_CHARACTERS ** dice.random()) for _ in range(count - 1)]
-    return [STORY[offset : offset + length] for length in lengths for offset in [dice.randrange(len(STORY) - length)]]
-
-
-def memory_figures(server: Server, target: Target, requests: int) -> list[Row]:
-    """Return the resident memory at the checkpoints, while one client sends one request after another."""
-    resident = {}
-    for number, text in enumerate(texts_of_all_lengths(requests), 1):
-        speak(target, text if any(map(str.isalnum, text)) else "a")
-        if number in CHECKPOINTS:
-            resident[number] = server.resident_mb()
+def memory_figures(resident: dict[int, float]) -> list[Row]:
+    """Return the rows of the resident memory after so many requests."""
     rows = [[f"memory after {number} requests, MB", f"{mb:.0f}", "under 900"] for number, mb in resident.items()]
-    if {50, 500} <= resident.keys():
-        rows.append(["memory, 500th against 50th request", f"{resident[500] / resident[50] - 1:+.1%}", "flat"])
-    return rows
+    first, last = min(resident), max(resident)
+    return [*rows, [f"memory, request {last} against {first}", f"{resident[last] / resident[first] - 1:+.1%}", "flat"]]
+
+
+@contextmanager
+def long_request(target: Target, text: str) -> Iterator[None]:
+    """Have a long text spoken meanwhile, its first bytes there already; then hang up."""
+    connection = connect(target)
+    connection.connect()
+    line = connection.sock
+    response = ask(connection, target, text)
+    response.read1(1)
+    reading = threading.Thread(target=drain, args=(response,))
+    reading.start()
+    try:
+        yield
+        if not reading.is_alive():
+            raise RuntimeError("the long text ended before the short ones")
+    finally:
+        with suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+        reading.join()
+        connection.close()
+
+
+def drain(response: http.client.HTTPResponse) -> None:
+    """Read until the answer ends or somebody hangs up."""
+    with suppress(OSError, http.client.HTTPException):
+        while response.read1(65536):
+            pass
+
+
+def fairness(target: Target, texts: Texts, count: int = 3) -> tuple[Run, Run]:
+    """Have 10-character texts spoken alone, then beside a 4,000-character text; return both runs."""
+    alone = closed_loop(target, texts.take_many("zh", 10, count), 1)
+    with long_request(target, texts.take("zh", 4000)):
+        return alone, closed_loop(target, texts.take_many("zh", 10, count), 1)
+
+
+def fairness_figures(target: Target, texts: Texts, rounds: int = 3) -> list[Row]:
+    """Return how many times as long a short text takes beside a long one."""
+    pairs = [fairness(target, texts) for _ in range(rounds)]
+    named = {"first 200 ms": "first_audio_s", "whole": "total_s"}
+    return [
+        [
+            f"10 characters beside 4,000: {name}, times alone",
+            spread(beside.median(figure) / alone.median(figure) for alone, beside in pairs),
+            "under 3",
+        ]
+        for name, figure in named.items()
+    ]
+
+
+def load_figures(results: list[Result]) -> list[Row]:
+    """Return what the load must keep to: throughput in a crowd, and no underruns for one or two."""
+    of = {result.case.clients: result.run for result in results}
+    few = sum(sample.underruns for clients in (1, 2) for sample in of[clients].samples)
+    return [
+        ["throughput at 16 clients, times that at 4", f"{of[16].speed / of[4].speed:.2f}", "at least 1"],
+        ["underruns at 1 and 2 clients", str(few), "none"],
+    ]
 
 
 class Recorder:
@@ -85,15 +138,15 @@ def overhead_figure(target: Target, rounds: int = 3) -> Row:
         for inputs in recorder.inputs:
             recorder.session.run(None, inputs)
         ratios.append(sample.total_s / (time.perf_counter() - began))
-    return [f"{audio_s:.0f} s of speech over HTTP, against bare onnxruntime", spread(ratios), "at most 1.05"]
+    return [f"{audio_s:.0f} s of speech over HTTP, against bare onnxruntime", spread(ratios), "at most 1.03"]
 
 
-def first_byte_figures(target: Target, rounds: int = 5) -> list[Row]:
-    """Return when the first byte of a three-sentence paragraph comes, and its share of the whole request."""
+def first_audio_figures(target: Target, rounds: int = 5) -> list[Row]:
+    """Return when the first sound of a three-sentence paragraph comes, and its share of the whole request."""
     samples = [speak(target, PARAGRAPH) for _ in range(rounds)]
     return [
-        ["first byte of a paragraph, s", spread(sample.first_byte_s for sample in samples), ""],
-        ["its share of the request", spread(s.first_byte_s / s.total_s for s in samples), "under 0.40"],
+        ["first 200 ms of a paragraph, s", spread(sample.first_audio_s for sample in samples), "under 0.3, idle cores"],
+        ["its share of the request", spread(sample.first_audio_s / sample.total_s for sample in samples), ""],
     ]
 
 
@@ -103,24 +156,31 @@ def told(row: Row) -> Row:
     return row
 
 
+def server_figures(server: Server, requests: int) -> tuple[list[Row], list[Result]]:
+    """Return the rows of a running server, and the results of its loads."""
+    before, target, texts = machine(), Target("this server", server.url, pid=server.pid), Texts()
+    speak(target, PARAGRAPH)  # a first request that is not counted
+    rows = [*map(told, first_audio_figures(target)), told(overhead_figure(target))]
+    rows += map(told, fairness_figures(target, texts))
+    results = [run_case(target, case, texts) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
+    save("bench", {"machine": before, "results": results})  # before what takes longest
+    rows += map(told, load_figures(results[: len(LOADS)]))
+    return [*rows, *memory_figures(growth(target, requests, texts))], results
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=500, help="for the memory figures")
+    parser.add_argument("--growth", type=int, default=500, help="requests over which memory is watched")
     args = parser.parse_args()
     leave_on_term()
-    rows = [told(start_figure())]
+    rows = [told(start_figure()), *map(told, cost_figures(cost_runs(3, 5)))]
     with own_server() as server:
-        target = Target("this server", server.url)
-        speak(target, PARAGRAPH)  # a first request that is not counted
-        rows += map(told, first_byte_figures(target))
-        rows.append(told(overhead_figure(target)))
-        loads = [told(load_row(target, PARAGRAPH, clients, 2 * clients)[0]) for clients in (1, 4, 8)]
-        rows += map(told, memory_figures(server, target, args.requests))
-    print(markdown(["what", "figure", "to reach"], rows))
-    print("\nA paragraph as pcm, asked for by that many clients at once:\n")
-    print(markdown(LOAD_HEADER, loads))
-    print(f"\nMedian (least to most). Figures: {save('figures', {'figures': rows, 'load': loads})}")
+        more, results = server_figures(server, args.growth)
+    print(markdown(["what", "figure", "to reach"], rows := [*rows, *more]))
+    print(f"\nMedian (least to most). Figures: {save('figures', rows)}\n")
+    print(markdown(CASE_HEADER, map(case_row, results)))
+    print(f"\n{CASE_NOTE} Samples: {RESULTS / 'bench.json'}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Each peer gets a virtual environment of its own under ${XDG_CACHE_HOME:-~/.cache
 once. Both read the weights from the parts that this repository installs, and a voices file whose tables are the
 English styles of voices.json under the ids of voices.json: `alloy` is the same voice in all three.
 
-    python benchmarks/peers.py [--rounds 5] [--long-rounds 2]
+    python benchmarks/peers.py [--rounds 5] [--long-rounds 2] [--crowd-rounds 3]
 
 How each is asked: this server for pcm, which it sends as it is made; fastkokoro for pcm with its field
 "stream": true, its fastest way to sound; kokoro-cli, which has no pcm and answers whole, for wav.
@@ -19,11 +19,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from bench import PARAGRAPH, STORY, Sample, Target, markdown, save, speak, spread
+from client import Run, Target, race, speak
 from servers import RESULTS, ROOT, Server, free_port, leave_on_term, own_server
+from tables import markdown, save, spread
+from texts import PARAGRAPH, STORY, Texts
 
 sys.path.insert(0, str(ROOT))
 
@@ -34,6 +37,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inde
 MODEL = CACHE / "models" / "kokoro-v1.0.int8.onnx"
 VOICES = CACHE / "models" / "voices-v1.0.bin"
 OURS = "this server"
+CROWD, CROWD_CHARACTERS = 8, 250  # clients at once, each with a text of its own
 
 # fastkokoro asks for misaki-ja-lightning too, for Japanese: it compiles for twenty minutes, so it is left out.
 FASTKOKORO_NEEDS = (
@@ -103,56 +107,57 @@ def fastkokoro() -> tuple[Server, Target]:
     return server, Target("fastkokoro 0.7.0", server.url, extra={"stream": True})
 
 
-def race(targets: list[Target], text: str, rounds: int) -> dict[str, list[Sample]]:
-    """Ask A B C, then A B C again, so that what else the machine does strikes all alike."""
-    samples: dict[str, list[Sample]] = {target.name: [] for target in targets}
-    for number in range(rounds):
-        for target in targets:
-            samples[target.name].append(speak(target, text))
-        print(f"  round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    return samples
-
-
-COLUMNS: dict[str, Callable[[Sample], float | None]] = {
-    "audio s per s": lambda sample: sample.speed,
-    "first byte s": lambda sample: sample.first_byte_s,
-    "first 200 ms s": lambda sample: sample.first_audio_s,
-    "whole s": lambda sample: sample.total_s,
-    "audio s": lambda sample: sample.audio_s,
+COLUMNS: dict[str, Callable[[Run], float]] = {
+    "audio s per s": lambda run: run.speed,
+    "first byte s": lambda run: run.median("first_byte_s"),
+    "first 200 ms s": lambda run: run.median("first_audio_s"),
+    "whole s": lambda run: run.median("total_s"),
+    "CPU s per audio min": lambda run: run.cpu_s_per_minute,
+    "audio s": lambda run: run.audio_s,
 }
-RATIOS = {
-    "audio per second": (lambda ours, peer: ours.speed / peer.speed),
-    "first byte sooner": (lambda ours, peer: peer.first_byte_s / ours.first_byte_s),
-    "first 200 ms sooner": (lambda ours, peer: peer.first_audio_s / ours.first_audio_s),
-    "whole answer sooner": (lambda ours, peer: peer.total_s / ours.total_s),
+RATIOS: dict[str, Callable[[Run, Run], float]] = {
+    "audio per second": lambda ours, peer: ours.speed / peer.speed,
+    "first byte sooner": lambda ours, peer: peer.median("first_byte_s") / ours.median("first_byte_s"),
+    "first 200 ms sooner": lambda ours, peer: peer.median("first_audio_s") / ours.median("first_audio_s"),
+    "whole answer sooner": lambda ours, peer: peer.median("total_s") / ours.median("total_s"),
+    "CPU, of the peer's": lambda ours, peer: ours.cpu_s_per_minute / peer.cpu_s_per_minute,
 }
 
 
-def ratio_rows(samples: dict[str, list[Sample]]) -> list[list[str]]:
-    """Return, round by round and then as medians, by how much this server beats each peer (above 1: it does)."""
+def ratio_rows(runs: dict[str, list[Run]]) -> list[list[str]]:
+    """Return, of the ratios of each round, by how much this server beats each peer (above 1: it does; CPU: below)."""
     return [
-        [peer, *(spread(map(ratio, samples[OURS], samples[peer])) for ratio in RATIOS.values())]
-        for peer in samples
+        [peer, *(spread(map(ratio, runs[OURS], runs[peer])) for ratio in RATIOS.values())]
+        for peer in runs
         if peer != OURS
     ]
 
 
-def report(title: str, text: str, samples: dict[str, list[Sample]]) -> None:
-    """Print one text's two tables: each server's figures, and this server's lead."""
-    rows = [[name, *(spread(map(of, runs)) for of in COLUMNS.values())] for name, runs in samples.items()]
-    rounds = len(samples[OURS])
-    print(f"\n{title}: {len(text)} characters, {rounds} rounds, median (least to most)\n")
+def report(title: str, characters: int, runs: dict[str, list[Run]]) -> None:
+    """Print one race's two tables: each server's figures, and this server's lead."""
+    rows = [[name, *(spread(map(of, each)) for of in COLUMNS.values())] for name, each in runs.items()]
+    print(f"\n{title}: {characters} characters, {len(runs[OURS])} rounds, median (least to most)\n")
     print(markdown(["server", *COLUMNS], rows))
     print(f"\n{OURS} against\n")
-    print(markdown(["peer", *RATIOS], ratio_rows(samples)), flush=True)
-    best = max((runs for name, runs in samples.items() if name != OURS), key=median_speed)
-    print(f"\n{median_speed(samples[OURS]) / median_speed(best):.2f} times the audio per second of the faster peer, "
-          f"{best[0].target}.")  # fmt: skip
+    print(markdown(["peer", *RATIOS], ratio_rows(runs)), flush=True)
+    best = max((name for name in runs if name != OURS), key=lambda name: median_speed(runs[name]))
+    lead = median_speed(runs[OURS]) / median_speed(runs[best])
+    print(f"\n{lead:.2f} times the audio per second of the faster peer, {best}.")
 
 
-def median_speed(samples: list[Sample]) -> float:
+def median_speed(runs: list[Run]) -> float:
     """Return the median of audio seconds per second."""
-    return statistics.median(sample.speed for sample in samples)
+    return statistics.median(run.speed for run in runs)
+
+
+def races(args: argparse.Namespace) -> list[tuple[str, list[list[str]], int]]:
+    """Return what is raced: title, the texts of each round, clients."""
+    texts = Texts()
+    return [
+        ("A paragraph", [[PARAGRAPH]] * args.rounds, 1),
+        ("A minute", [[STORY]] * args.long_rounds, 1),
+        ("Eight at once", [texts.take_many("en", CROWD_CHARACTERS, CROWD) for _ in range(args.crowd_rounds)], CROWD),
+    ]
 
 
 def main() -> None:
@@ -160,21 +165,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="for the paragraph")
     parser.add_argument("--long-rounds", type=int, default=2, help="for the minute of speech")
+    parser.add_argument("--crowd-rounds", type=int, default=3, help="for eight clients at once")
     args = parser.parse_args()
     leave_on_term()
     write_models()
     ours = own_server()
     entrants = [(ours, Target(OURS, ours.url)), kokoro_cli(), fastkokoro()]
     with ExitStack() as running:
-        for server, target in entrants:
-            running.enter_context(server)
+        targets = [replace(target, pid=running.enter_context(server).pid) for server, target in entrants]
+        for target in targets:
             speak(target, "One sentence that is not counted.")
-        targets = [target for _, target in entrants]
         results = {}
-        for title, text, rounds in [("A paragraph", PARAGRAPH, args.rounds), ("A minute", STORY, args.long_rounds)]:
+        for title, rounds, clients in races(args):
             if rounds:
-                results[title] = race(targets, text, rounds)
-                report(title, text, results[title])
+                results[title] = race(targets, rounds, clients)
+                report(title, len(rounds[0][0]), results[title])
     print(f"\nSamples: {save('peers', results)}")
 
 

@@ -50,9 +50,10 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)  # its own session: what it started and nothing else
             self._process.wait()
 
-    def resident_mb(self) -> float:
-        """Return the resident memory of the process and its children, in MB; pages they share count twice."""
-        return sum(resident_kb(pid) for pid in with_children(self._process.pid)) / 1000
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
 
 
 def is_ready(url: str) -> bool:
@@ -74,10 +75,21 @@ def with_children(pid: int) -> list[int]:
     return [pid, *(each for child in children for each in with_children(int(child)))]
 
 
+def resident_mb(pid: int) -> float:
+    """Return the resident memory of a process and its children, in MB; pages they share count twice."""
+    return sum(resident_kb(each) for each in with_children(pid)) / 1000
+
+
 def resident_kb(pid: int) -> int:
     """Return a process's resident memory in kB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and its children so far, of all their threads, user and system."""
+    stats = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in with_children(pid)]
+    return sum(int(user) + int(system) for *_, user, system in (stat[:13] for stat in stats)) / os.sysconf("SC_CLK_TCK")
 
 
 def leave_on_term() -> None:
@@ -92,9 +104,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def own_server() -> Server:
-    """Return this repository's server, not started yet."""
+def own_server(app: str = "app:create_app()", **settings: str) -> Server:
+    """Return this repository's server with these TTS_* settings, not started yet."""
     port = free_port()
-    argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "app:create_app()"]
-    # Every request is to be made: the races send one text again and again.
-    return Server(argv, port, {"HOST": "127.0.0.1", "PORT": str(port), "TTS_CACHE_BYTES": "0"})
+    argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
+    # Every request is to be made: some benches send one text again and again.
+    env = {"HOST": "127.0.0.1", "PORT": str(port), "TTS_CACHE_BYTES": "0", **settings}
+    return Server(argv, port, env, RESULTS / f"{'-'.join(['server', *settings.values()])}.log")

@@ -31,7 +31,7 @@ class Server:
     repository = REPOSITORY
 
     def __init__(self, log: Path, app: str = "app:create_app()", **environment: str):
-        self.port, self.log = free_port(), log
+        self.port, self.log = int(environment.get("PORT") or free_port()), log
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
         self.process = subprocess.Popen(
@@ -84,10 +84,10 @@ class Server:
         return decode(body)
 
 
-def open_url(request: urllib.request.Request) -> tuple[int, dict, bytes]:
+def open_url(request: urllib.request.Request, timeout_s: float = 120) -> tuple[int, dict, bytes]:
     """Open a request, errors included."""
     try:
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return response.status, {k.lower(): v for k, v in response.headers.items()}, response.read()
     except urllib.error.HTTPError as error:
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()

@@ -153,6 +153,129 @@ def test_addresses_are_said_as_a_person_would(text, spoken):
     assert speakable(text) == spoken
 
 
+@pytest.mark.parametrize("text, spoken", table("""
+约US$100 | 约一百美元
+约HK$50 | 约五十港元
+约NT$30 | 约三十新台币
+约A$5 | 约五澳元
+约C$7 | 约七加元
+约$.50 | 约零点五美元
+约-$100 | 约负一百美元
+约£1.5m | 约一百五十万英镑
+约€3bn | 约三十亿欧元
+约100$ | 约一百美元
+约100￥ | 约一百元
+约1¢ | 约一美分
+约50 USD | 约五十美元
+约$5-10 | 约 五到十美元
+约$5-$10 | 约五美元到十美元
+约$5-10万 | 约 五到十万美元
+500-1000元 | 五百到一千元
+5元-10元 | 五元到十元
+"""))  # fmt: skip
+def test_money_before_and_after_the_amount_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+约10-20% | 约十到百分之二十
+约20%-30% | 约百分之二十到百分之三十
+约-10~5℃ | 约负十到五摄氏度
+约-10℃~-5℃ | 约零下十摄氏度到零下五摄氏度
+约-5°F | 约负五华氏度
+周一-周五 | 周一到周五
+8:00am-5:00pm吧 | 上午八点到下午五点吧
+2023/5/1-2023/5/7的 | 二零二三年五月一日到二零二三年五月七日的
+1st-3rd的 | 第一到第三的
+2024/25赛季 | 二零二四 二十五赛季
+以2-1战胜 | 以二比一战胜
+3-2获胜 | 三比二获胜
+得10-2=8 | 得十减二等于八
+1:1000的图 | 一比一千的图
+血压120/80 | 血压一百二十比八十
+50/50开 | 五十比五十开
+24/7服务 | 二十四 七服务
+得10 / 2 | 得十除以二
+2½杯 | 二又二分之一杯
+歼-20和东风-41 | 歼二十和东风四十一
+1-2-3步 | 一 二 三步
+"""))  # fmt: skip
+def test_ranges_scores_and_fractions_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+打(010)62345678 | 打 零幺零 六二三四五六七八
+打010 62345678 | 打零幺零 六二三四五六七八
+打400 800 1234 | 打四零零 八零零 幺二三四
+打138 1234 5678 | 打幺三八 幺二三四 五六七八
+打138-1234-5678 | 打幺三八 幺二三四 五六七八
+110报警 | 幺幺零报警
+火警119 | 火警幺幺九
+12306订票 | 幺二三零六订票
+查12306吧 | 查幺二三零六吧
+12345热线 | 幺二三四五热线
+QQ：12345678吧 | QQ: 幺二三四五六七八吧
+密码是8888 | 密码是八八八八
+在301室 | 在三零幺室
+波音747 | 波音七四七
+110个人 | 一百一十个人
+12345个 | 一万二千三百四十五个
+打120元 | 打一百二十元
+打1,200分 | 打一千二百分
+"""))  # fmt: skip
+def test_codes_are_told_from_quantities_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+1000年前 | 一千年前
+1500年历史 | 一千五百年历史
+2000年前后 | 二零零零年前后
+2008年前 | 二零零八年前
+用1000年 | 用一千年
+上午9am到5pm | 上午九点到下午五点
+在10:30 PM | 在下午十点三十分
+晚上9pm | 晚上九点
+于2024-03-15T10:30:00Z | 于二零二四年三月十五日 十点三十分 UTC
+"""))  # fmt: skip
+def test_spans_of_years_and_half_days_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+重1kg/m³ | 重一公斤每立方米
+快5MB/s | 快五 MB 每秒
+要5元/kg | 要五元每公斤
+要$5/月 | 要五美元每月
+要3000元/平方米 | 要三千元每平方米
+吃5次/天 | 吃五次每天
+涨5%/年 | 涨百分之五每年
+为9.8m/s² | 为九点八米每二次方秒
+为5Ω | 为五欧姆
+为10kΩ | 为十千欧
+为10µg | 为十微克
+等30s | 等三十秒
+等1h 30m | 等一小时 三十分钟
+若a≠b | 若 A 不等于 B
+若x∈A | 若 X 属于 A
+要≥18岁 | 要大于等于十八岁
+差，±0.5mm | 差, 正负零点五毫米
+差+/-5吗 | 差正负五吗
+为1e6 | 为一乘十的六次方
+π是数 | pi 是数
+α粒子 | alpha 粒子
+长2πr | 长二 pi R
+高5'11" | 高五英尺十一英寸
+要18+ | 要十八加
+选No.1 | 选第一
+AB型 | A B 型
+v1.2.3版 | V 一点二点三版
+"""))  # fmt: skip
+def test_rates_units_greek_and_marks_in_mandarin(text, spoken):
+    assert speakable(text) == spoken
+
+
 # === English lines ===
 
 
@@ -203,6 +326,130 @@ def test_money_units_and_symbols_in_english(text, spoken):
     assert speakable(text) == spoken
 
 
+@pytest.mark.parametrize("text, spoken", table("""
+for US$100 | for one hundred US dollars
+for HK$50 | for fifty Hong Kong dollars
+for NT$30 | for thirty Taiwan dollars
+for A$5 | for five Australian dollars
+for C$7 | for seven Canadian dollars
+for $.50 | for fifty cents
+for £1.5m | for one point five million pounds
+for €3bn | for three billion euros
+for 100$ | for one hundred dollars
+for 100￥ | for one hundred yuan
+for 1¢ | for one cent
+for 50 USD | for fifty US dollars
+for -$3.50 | for minus three dollars and fifty cents
+for $-5 | for minus five dollars
+for $5-10 | for five to ten dollars
+for $5-$10 million | for five dollars to ten million dollars
+"""))  # fmt: skip
+def test_money_before_and_after_the_amount_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+is -5°C | is minus five degrees Celsius
+is -5°F | is minus five degrees Fahrenheit
+is -10℃ | is minus ten degrees Celsius
+is -40° | is minus forty degrees
+is -5 km | is minus five kilometers
+is -12 degrees | is minus twelve degrees
+is 10-20% | is ten to twenty percent
+is 20% - 30% | is twenty percent to thirty percent
+is -10~-5°C | is minus ten to minus five degrees Celsius
+is 5-10kg | is five to ten kilograms
+is 1.5-2.5 hours | is one point five to two point five hours
+is 500-1000 | is five hundred to one thousand
+at 10:30-11:30 | at ten thirty to eleven thirty
+is 1-2-3 | is one two three
+won 3-2 | won three to two
+open Mon-Fri | open Mon to Fri
+is 1st-3rd | is first to third
+in 2024/25 | in twenty twenty-four twenty-five
+is 10 - 2 = 8 | is ten minus two equals eight
+a-b=c | a minus B equals C
+is x² - 4 = 0 | is X squared minus four equals zero
+well-known = famous | well-known equals famous
+is 1:100 | is one to one hundred
+ratio of 1:10 | ratio of one to ten
+so, .5 of it | so, zero point five of it
+"""))  # fmt: skip
+def test_negatives_ranges_and_ratios_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+is 24/7 | is twenty-four seven
+is 50/50 | is fifty fifty
+is 10 / 2 | is ten divided by two
+is 85/100 | is eighty-five out of one hundred
+is 120/80 | is one hundred twenty over eighty
+is 3/4 | is three quarters
+is 2½ | is two and one half
+is 1-1/2 | is one and one half
+9am to 5pm | nine A.M. to five P.M.
+9-10am | nine to ten A.M.
+at 5 p.m. sharp | at five P.M. sharp
+At 5pm. Then | At five P.M. Then
+in the 30s | in the thirties
+wait 30s | wait thirty seconds
+5m 30s | five minutes thirty seconds
+1h 30m | one hour thirty minutes
+2024-03-15T10:30Z | March fifteenth, twenty twenty-four ten thirty UTC
+"""))  # fmt: skip
+def test_slashes_and_hours_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+call 1-800-555-1234 | call one, eight zero zero, five five five, one two three four
+call (555) 123-4567 | call five five five, one two three, four five six seven
+call 555 123 4567 | call five five five, one two three, four five six seven
+call 555.123.4567 | call five five five, one two three, four five six seven
+call 400 800 1234 | call four zero zero, eight zero zero, one two three four
+call 0800 123 456 | call zero eight zero zero, one two three, four five six
+call (010)62345678 | call zero one zero, six two three four five six seven eight
+call 555-1234 | call five five five, one two three four
+call 911 now | call nine one one now
+call 911,000 people | call nine hundred eleven thousand people
+PIN 1234 | PIN one two three four
+"""))  # fmt: skip
+def test_phones_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("text, spoken", table("""
+1kg/m³ | one kilogram per cubic meter
+5MB/s | five megabytes per second
+$5/month | five dollars per month
+$5/kg | five dollars per kilogram
+60 miles/hour | sixty miles per hour
+5 mg/dL | five milligrams per deciliter
+5%/year | five percent per year
+9.8 m/s² | nine point eight meters per second squared
+he/she and/or A/B | he she and or A B
+5Ω or 10kΩ | five ohms or ten kilohms
+5μm or 10 µg | five micrometers or ten micrograms
+π and 2πr | pi and two pi R
+α, Ω, Δx | alpha, omega, delta X
+if a ≠ b | if a is not B
+1e6 or 3.5e-3 | one times ten to the power of six or three point five times ten to the power of minus three
+5'11" tall | five foot eleven tall
+ages 18+ | ages eighteen plus
+~5 or +/-5 | about five or plus or minus five
+in H.264 | in H two hundred sixty-four
+v1.2.3 | V one point two point three
+"""))  # fmt: skip
+def test_rates_units_greek_and_marks_in_english(text, spoken):
+    assert speakable(text) == spoken
+
+
+@pytest.mark.parametrize("word, letters", [("AB", "A B"), ("AWS", "A W S")])
+def test_letters_that_hibari_takes_for_a_word_are_spelled(g2p, word, letters):
+    assert g2p.speakable(f"an {word} one") == f"an {letters} one"
+
+
 # === Characters ===
 
 
@@ -216,6 +463,9 @@ def test_money_units_and_symbols_in_english(text, spoken):
     ("café", "cafe"),
     ("a\x00b\ud800c", "a b c"),
     ("ə↗ʰʤ", "h"),
+    ("µm Ω Ω 5 Ω Σ", "um omega omega 5ohm sigma"),
+    ("Αθήνα", ""),
+    ("≠", "≠"),
     ("\ue000", ""),
 ])  # fmt: skip
 def test_clean_leaves_one_spelling(text, cleaned):

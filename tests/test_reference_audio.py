@@ -1,13 +1,16 @@
 """Reference audio: which files a name may mean, and what of them can be cloned."""
 
+import io
 import os
 
+import av
 import numpy as np
 import pytest
 import soundfile
 
+import reference_audio
 from app import HERE
-from reference_audio import BadReference, find_reference, load_reference
+from reference_audio import BadReference, decode, find_reference, load_reference
 
 LIMIT = 1 << 20
 
@@ -117,3 +120,67 @@ def test_a_changed_file_is_read_again(tmp_path):
     first = load_reference(path)
     write(path, speech_like(3))
     assert load_reference(path).digest != first.digest
+
+
+def encoded(container, codec, seconds=2, rate=48_000, layout="mono"):
+    """A tone in one of the formats a client sends."""
+    file = io.BytesIO()
+    tone = 0.3 * np.sin(np.arange(seconds * rate, dtype=np.float32) * 2 * np.pi * 300 / rate)
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(tone.reshape(1, -1), format="flt", layout="mono")
+        frame.sample_rate = rate
+        output.mux([*stream.encode(frame), *stream.encode(None)])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("wav", "pcm_s16le"), ("wav", "pcm_f32le"), ("mp3", "libmp3lame"), ("ipod", "aac"), ("mp4", "aac"),
+     ("adts", "aac"), ("flac", "flac"), ("ogg", "libopus"), ("webm", "libopus")],
+)  # fmt: skip
+def test_the_formats_that_clients_send_are_decoded(container, codec):
+    samples, rate = decode(encoded(container, codec), 30)
+    assert rate == 48_000 and len(samples) / rate == pytest.approx(2, abs=0.06)
+    assert np.abs(samples).max() == pytest.approx(0.3, abs=0.05)
+
+
+def test_ogg_vorbis_is_decoded():
+    file = io.BytesIO()
+    soundfile.write(file, speech_like(2), 24_000, format="OGG", subtype="VORBIS")
+    samples, rate = decode(file.getvalue(), 30)
+    assert rate == 24_000 and len(samples) / rate == pytest.approx(2, abs=0.06)
+
+
+def test_a_high_rate_is_brought_down_and_a_long_file_is_not_read_to_its_end():
+    samples, rate = decode(encoded("flac", "flac", seconds=120, rate=96_000), 15)
+    assert rate == 48_000 and 15 <= len(samples) / rate < 16
+
+
+@pytest.mark.parametrize("playlist", ["#EXTM3U\n#EXTINF:9,\nfile://{}\n", "ffconcat version 1.0\nfile '{}'\n"])
+def test_a_playlist_reaches_no_other_file(folder, playlist):
+    with pytest.raises(BadReference, match="not audio"):
+        decode(playlist.format(folder / "me.wav").encode(), 30)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["import os; os.kill(os.getpid(), 11)", "while True: pass", "bytes(300 << 20)", "print(8000, 1, flush=True); 1/0"],
+)
+def test_a_decoder_that_crashes_hangs_or_grows_is_a_refusal(tmp_path, monkeypatch, fault):
+    broken = tmp_path / "broken.py"
+    broken.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport audio_decoder\n"
+                      f"audio_decoder.set_limits()\n{fault}\n")  # fmt: skip
+    monkeypatch.setattr(reference_audio, "DECODER", broken)
+    with pytest.raises(BadReference, match="not audio"):
+        decode(b"", 30)
+
+
+def test_the_decoder_stays_below_200_megabytes(tmp_path, monkeypatch):
+    watched, peak = tmp_path / "watched.py", tmp_path / "peak"
+    watched.write_text(f"import runpy; runpy.run_path({str(reference_audio.DECODER)!r}, run_name='__main__')\n"
+                       "kib = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+                       f"open({str(peak)!r}, 'w').write(kib)\n")  # fmt: skip
+    monkeypatch.setattr(reference_audio, "DECODER", watched)
+    decode(encoded("wav", "pcm_f32le", seconds=31, rate=96_000), 30)
+    assert 10 << 10 < int(peak.read_text()) < 200 << 10

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import CLAUSE, FULL_SYLLABLES, PARAGRAPH, PAUSE_S, SENTENCE, find_breaks, split_utterances, syllables
+from app import (
+    CLAUSE,
+    FIRST_SYLLABLES,
+    FULL_SYLLABLES,
+    PARAGRAPH,
+    PAUSE_S,
+    SENTENCE,
+    find_breaks,
+    split_utterances,
+    syllables,
+)
 
 LONG_ZH = "今天天气很好，我们一起去公园散步，看看花，听听鸟叫，然后回家吃饭，晚上再看一部电影。" * 3
 LONG_EN = (
@@ -62,6 +72,36 @@ def test_the_pause_follows_the_punctuation():
 @pytest.mark.parametrize("text", ["好" * 1000, "a" * 3000, "word " * 800, "1234567890" * 100])
 def test_text_without_punctuation_is_cut_all_the_same(text):
     assert all(sum(map(syllables, utterance)) <= FULL_SYLLABLES for utterance in texts(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox " * 20, "a" * 3000, "天" * 300, "word " * 60 + ", then more."]
+)
+def test_the_first_utterance_is_short_where_no_clause_ends_in_reach(text):
+    first, *others = texts(text)
+    assert FIRST_SYLLABLES < sum(map(syllables, first)) <= 2 * FIRST_SYLLABLES
+    assert "".join("".join([first, *others]).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("text, second", [
+    ("The old man walked slowly along the wet shore of the lake and his dog ran ahead of him " * 3, "and his dog"),
+    ("Nobody living near the big river could sleep that long night because the wind blew hard " * 3, "because the"),
+    ("老师昨日下午讲完课回家路上遇见一位多年不见老同学但是两人谁都说不出话" * 3, "但是两人"),
+    ("村子南边山坡上种满桃树春天一到整片山坡开满粉红色的花朵吸引许多游客前来拍照留念" * 3, "花朵吸引"),
+    ("他每天早上六点起床跑步回来洗澡吃饭然后坐地铁上班晚上八点下班回家做饭看书睡觉" * 3, "然后坐地铁"),
+])  # fmt: skip
+def test_text_without_clauses_is_cut_where_the_joint_is_least_heard(text, second):
+    assert texts(text)[1].startswith(second)
+
+
+@pytest.mark.parametrize("text", ["他了解这件事的时候已经过去很多年", "目的地着急过程"])
+def test_no_word_is_cut_after_what_looks_like_a_particle(text):
+    assert {text[:end][-1] for end, _ in find_breaks(text)} <= {"候"}
+
+
+def test_a_clause_that_ends_soon_is_awaited_rather_than_cut():
+    whole = "他昨天晚上很晚才从北京坐飞机回到上海家里然后马上睡觉去了，第二天又起得很早。"
+    assert texts(whole)[0].endswith("，")
 
 
 def test_words_stay_whole_in_text_without_punctuation():

@@ -89,7 +89,7 @@ def test_a_broken_file_leaves_the_running_voices(app, tmp_path, caplog, change):
     running = speech.voices
     speech.settings = Settings(voices_file=broken(tmp_path, change))
     speech.reload_voices()
-    assert speech.voices is running
+    assert speech.voices == running
     assert "voices not reloaded" in caplog.text
 
 
@@ -102,7 +102,7 @@ def test_a_voice_that_the_engine_could_not_speak_leaves_the_running_ones(app, en
     running = speech.voices
     speech.settings = Settings(voices_file=broken(tmp_path, lambda text: text.replace('"am_onyx"', '"nobody"')))
     speech.reload_voices()
-    assert speech.voices is running
+    assert speech.voices == running
     assert "the voice onyx: no style 'nobody'" in caplog.text
 
 

@@ -1,0 +1,214 @@
+"""Soak: mixed traffic with faults injected, and what became of it: sent, answered, refused, cut, lost; and the drift.
+
+    python benchmarks/soak.py [--minutes 30]        this repository's server on the embedded engine, started for it
+
+Four clients send what a dubbing worker sends; others leave early, send nonsense, and read slowly. Every few minutes
+the voices are reloaded (HUP) and once in a while the worker is killed: a request that this cuts is sent again, as the
+worker would, and is lost only if four tries bring no answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from client import timeline
+from servers import RESULTS, ROOT, Server, is_ready, leave_on_term, own_server, resident_mb, with_children
+from tables import markdown, save
+from texts import PARAGRAPH
+
+sys.path.insert(0, str(ROOT))
+
+from app import FORMATS, Settings, Voices
+
+TRIES, PAUSE_S = 4, 2.0  # the dubbing worker's, which heeds no Retry-After; OpenAI's clients do
+KILL_EVERY_S, RELOAD_EVERY_S, SAMPLE_EVERY_S = 300, 60, 10
+SENTENCES = [
+    "你好世界。", "请把窗户关上，外面风很大。", "The boats lay still.", "这个 bug 修好以后，请告诉我一声。", PARAGRAPH,
+    "第3章：2024年营收增长12.5%，达到¥1,234万元。", "Dr. Smith paid $3.50 at 10:30.", "🙂", "好" * 300,
+]  # fmt: skip
+NONSENSE = [b"", b"{", b'{"model":"m"}', b'{"model":"m","input":"x","voice":"nobody"}', b"\xff" * 100]
+
+
+@dataclass
+class Tally:
+    """What became of the traffic."""
+
+    counts: Counter = field(default_factory=Counter)
+    latency_s: list[tuple[float, float]] = field(default_factory=list)  # when, how long
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, what: str) -> None:
+        """Count one."""
+        with self.lock:
+            self.counts[what] += 1
+
+
+class Traffic:
+    """The clients of one server."""
+
+    def __init__(self, server: Server, until: float):
+        self.address = urlsplit(server.url)
+        self.until, self.tally = until, Tally()
+        self.voices = [voice.id for voice in Voices.load(Settings().voices_file).voices]
+
+    def send(self, path: str, body: bytes) -> tuple[int, bytes, float]:
+        """Send once; return status, body and the pause asked for; raise OSError or HTTPException where it is cut."""
+        connection = http.client.HTTPConnection(self.address.hostname or "", self.address.port, timeout=600)
+        try:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read(), float(response.headers.get("Retry-After", PAUSE_S))
+        finally:
+            connection.close()
+
+    def speech(self, dice: random.Random) -> tuple[str, bytes, str]:
+        """Return a path, a body and the format that is to come back."""
+        text = dice.choice(SENTENCES) + (f" {dice.randrange(1000)}." if dice.random() < 0.8 else "")
+        if dice.random() < 0.3:
+            number = dice.randrange(1, 12)
+            body = {"text": text, "spk_audio_path": f"/x/examples/voice_{number:02}.wav"}
+            return "/tts_url", json.dumps(body).encode(), "wav"
+        name = dice.choice(list(FORMATS))
+        body = {"model": "tts-1", "input": text, "voice": dice.choice(self.voices), "response_format": name,
+                "speed": dice.choice([1, 1, 1, 0.8, 1.5])}  # fmt: skip
+        return "/v1/audio/speech", json.dumps(body).encode(), name
+
+    def worker(self, seed: int) -> None:
+        """Speak line after line; a cut or a refusal is tried again."""
+        dice = random.Random(seed)
+        while time.monotonic() < self.until:
+            path, body, name = self.speech(dice)
+            self.tally.add("sent")
+            began = time.monotonic()
+            if any(self.attempt(path, body, name) for _ in range(TRIES)):
+                with self.tally.lock:
+                    self.tally.latency_s.append((began, time.monotonic() - began))
+            else:
+                self.tally.add("lost")
+
+    def attempt(self, path: str, body: bytes, name: str) -> bool:
+        """Try once; tell whether it was answered with whole audio."""
+        try:
+            status, data, pause_s = self.send(path, body)
+        except (OSError, http.client.HTTPException):
+            self.tally.add("cut, sent again")
+            time.sleep(PAUSE_S)
+            return False
+        if status == 200 and timeline(data, name)[1][-1] > 0.1:
+            self.tally.add("answered")
+            return True
+        self.tally.add("refused, sent again" if status in (429, 503) else f"wrong: {status}")
+        time.sleep(PAUSE_S if path == "/tts_url" else pause_s)
+        return False
+
+    def nuisance(self, seed: int) -> None:
+        """Send nonsense, leave early, read slowly."""
+        dice = random.Random(seed)
+        while time.monotonic() < self.until:
+            try:
+                self.disturb(dice)
+            except (OSError, http.client.HTTPException):
+                self.tally.add("nuisance cut")
+            time.sleep(dice.uniform(0.2, 2))
+
+    def disturb(self, dice: random.Random) -> None:
+        """One nuisance."""
+        self.tally.add("nuisances")
+        if dice.random() < 0.5:
+            status, *_ = self.send("/v1/audio/speech", dice.choice(NONSENSE))
+            self.tally.add("nonsense refused" if 400 <= status < 500 or status == 503 else f"nonsense wrong: {status}")
+            return
+        path, body, _ = self.speech(dice)
+        connection = http.client.HTTPConnection(self.address.hostname or "", self.address.port, timeout=60)
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        time.sleep(dice.uniform(0, 1.5))
+        connection.close()
+
+
+def worker_pid(server: Server) -> int:
+    """Return the id of the server's worker."""
+    return with_children(server.pid)[1]
+
+
+def vitals(server: Server) -> dict[str, float]:
+    """Return the server's resident memory in MB, its threads and its descriptors."""
+    pid = worker_pid(server)
+    threads, descriptors = (len(os.listdir(f"/proc/{pid}/{what}")) for what in ("task", "fd"))
+    return {"resident MB": resident_mb(server.pid), "threads": threads, "descriptors": descriptors}
+
+
+def inject(server: Server, until: float, kill_every_s: float, seen: list) -> list[float]:
+    """Reload and kill by the clock, and note the vitals; return how long each killed worker was missed, in seconds."""
+    outages, began = [], time.monotonic()
+    next_kill, next_reload = began + kill_every_s, began + RELOAD_EVERY_S
+    while time.monotonic() < until:
+        now = time.monotonic()
+        if now > next_reload:
+            os.kill(server.pid, signal.SIGHUP)
+            next_reload += RELOAD_EVERY_S
+        if now > next_kill and now < until - kill_every_s / 2:
+            os.kill(worker_pid(server), signal.SIGKILL)
+            while not is_ready(server.url):
+                time.sleep(0.05)
+            outages.append(time.monotonic() - now)
+            next_kill += kill_every_s
+        seen.append((time.monotonic(), vitals(server)))
+        time.sleep(SAMPLE_EVERY_S)
+    return outages
+
+
+def drift(seen: list[tuple[float, dict[str, float]]], latency_s: list[tuple[float, float]]) -> list[list[str]]:
+    """Return each figure's median in the second and in the last quarter of the time, and their ratio."""
+    series = {name: [(at, values[name]) for at, values in seen] for name in seen[0][1]}
+    series["latency s"] = latency_s
+    first, last = seen[0][0], seen[-1][0]
+    rows = []
+    for name, points in series.items():
+        quarters: list[list[float]] = [[], [], [], []]
+        for at, value in points:
+            quarters[min(3, max(0, int(4 * (at - first) / (last - first + 1))))].append(value)
+        early, late = (statistics.median(quarters[quarter] or [0]) for quarter in (1, 3))
+        rows.append([name, f"{early:.1f}", f"{late:.1f}", f"{late / early:.2f}" if early else "-"])
+    return rows
+
+
+def main() -> None:
+    """Start, soak, print, stop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--kill-every", type=float, default=KILL_EVERY_S, help="seconds")
+    args = parser.parse_args()
+    leave_on_term()
+    with own_server(TTS_CACHE_BYTES=str(64 << 20)) as server:
+        until = time.monotonic() + 60 * args.minutes
+        traffic, seen = Traffic(server, until), []
+        clients = [threading.Thread(target=traffic.worker, args=(seed,)) for seed in range(4)]
+        clients += [threading.Thread(target=traffic.nuisance, args=(seed,)) for seed in range(100, 103)]
+        for client in clients:
+            client.start()
+        outages = inject(server, until, args.kill_every, seen)
+        for client in clients:
+            client.join()
+    traffic.tally.counts.setdefault("lost", 0)
+    rows = [[name, str(count)] for name, count in sorted(traffic.tally.counts.items())]
+    print(markdown(["what", "requests"], rows))
+    print(f"\nWorkers killed: {len(outages)}; to ready again: {', '.join(f'{s:.1f} s' for s in outages) or '-'}\n")
+    print(markdown(["figure", "second quarter", "last quarter", "ratio"], drift(seen, traffic.tally.latency_s)))
+    log = max(RESULTS.glob("server-*.log"), key=lambda path: path.stat().st_mtime).read_text(errors="replace")
+    print(f"\nTracebacks in the log: {log.count('Traceback')}. {save('soak', {'counts': traffic.tally.counts})}")
+
+
+if __name__ == "__main__":
+    main()

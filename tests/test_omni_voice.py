@@ -1,0 +1,110 @@
+"""omni_voice.py and omni_model.py without vLLM: wrong settings, missing files, languages; tests/omni has the rest."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+
+import omni_voice
+from omni_model import KINDS, LoadError, check_weights, explain, find_kind
+from omni_voice import OmniVoice
+
+
+def create(model, deploy_config=None):
+    """Try to load a model."""
+    return asyncio.run(OmniVoice.create(str(model), deploy_config, 0.25))
+
+
+@pytest.fixture(params=KINDS)
+def model(request, tmp_path):
+    """A folder that looks like a model, with empty files."""
+    kind = KINDS[request.param]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind.model_type}))
+    for name in kind.weights:
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_model_that_is_not_set_is_asked_for():
+    with pytest.raises(LoadError, match="TTS_MODEL is not set"):
+        create("")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", __file__])
+def test_a_folder_that_is_not_there_is_named(path):
+    with pytest.raises(LoadError, match=f"TTS_MODEL: there is no folder {path}"):
+        create(path)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "qwen3"}', "{}", "[]", "no json", None])
+def test_a_folder_with_another_model_is_told(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(LoadError, match="TTS_MODEL: .*config.json"):
+        create(tmp_path)
+
+
+def test_missing_weights_are_named(model):
+    (model / "gpt.pth").unlink()
+    (model / "feat2.pt").unlink()
+    with pytest.raises(LoadError, match="lacks gpt.pth, feat2.pt of IndexTTS-2"):
+        create(model)
+
+
+def test_a_missing_deploy_file_is_named(model, tmp_path):
+    with pytest.raises(LoadError, match="TTS_OMNI_DEPLOY_CONFIG: there is no file"):
+        create(model, tmp_path / "deploy.yaml")
+
+
+def test_missing_packages_are_named(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm_omni", None)
+    with pytest.raises(LoadError, match="TTS_ENGINE=omni needs the packages vllm and vllm-omni"):
+        create(model)
+
+
+def test_the_two_models_are_told_apart_with_and_without_a_config(model):
+    kind = find_kind(model)
+    assert kind.model_type == json.loads((model / "config.json").read_text())["model_type"]
+    (model / "config.json").unlink()
+    assert find_kind(model) == kind
+
+
+def test_weights_may_lie_in_a_folder_of_their_own(model):
+    (model / "checkpoints").mkdir()
+    for name in KINDS["indextts2"].weights + KINDS["indextts2_5"].weights:
+        if (model / name).exists():
+            (model / name).rename(model / "checkpoints" / name)
+    check_weights(model, find_kind(model))
+
+
+@pytest.mark.parametrize(
+    "text, language",
+    [
+        ("Hello world.", "en"), ("你好，world。", "zh"), ("こんにちは、世界。", "ja"), ("مرحبا بالعالم", "ar"),
+        ("¿Qué tal?", "es"), ("El perro y los gatos", "es"), ("El Paso, Texas", "en"), ("Los Angeles", "en"),
+        ("123", "en"), ("", "en"),
+    ],
+)  # fmt: skip
+def test_the_language_of_an_utterance_is_found(text, language):
+    assert omni_voice.language(text) == language
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."),
+        RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"),
+        ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"),
+    ],
+)
+def test_short_memory_names_the_setting(error):
+    try:
+        raise RuntimeError("Orchestrator initialization failed") from error
+    except RuntimeError as raised:
+        assert "TTS_GPU_MEMORY_UTILIZATION" in explain(raised)
+
+
+def test_another_error_at_the_start_is_told_as_it_is():
+    assert explain(KeyError("gpt")) == "vLLM-Omni did not start: 'gpt'"

@@ -1,0 +1,106 @@
+"""The vLLM plug-in: found where it lies, harmless in the worker, and the death of a spawned process with its parent."""
+
+import ctypes
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import vllm_plugin
+from vllm_engine import PLUGIN, is_alive
+
+HERE = Path(vllm_plugin.__file__).parent
+PR_GET_PDEATHSIG = 2  # linux/prctl.h
+SPAWN = """
+import multiprocessing, time
+import vllm_plugin
+
+def child(told):
+    vllm_plugin.register()
+    told.send(True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=child, args=(theirs,))
+    process.start()
+    ours.recv()
+    print(process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A process whose spawned child has registered; the id of the child beside it."""
+    script = tmp_path / "parent.py"
+    script.write_text(SPAWN)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment) as process:
+        yield process, int(process.stdout.readline())
+        process.kill()
+
+
+def test_vllm_finds_the_plugin_because_it_lies_beside_the_app():
+    (found,) = importlib.metadata.entry_points(group="vllm.general_plugins", name=PLUGIN)
+    assert found.load() is vllm_plugin.register
+
+
+def test_a_spawned_process_dies_with_its_parent(parent):
+    process, child = parent
+    assert is_alive(child)
+    os.kill(process.pid, signal.SIGKILL)
+    end = time.monotonic() + 2
+    while is_alive(child):
+        assert time.monotonic() < end, "the child outlives its parent"
+        time.sleep(0.01)
+
+
+def test_the_worker_itself_does_not_die_with_gunicorn():
+    vllm_plugin.register()
+    asked = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(asked))
+    assert asked.value == 0
+
+
+def test_no_checkout_is_touched_where_none_is_in_use(monkeypatch):
+    monkeypatch.delenv(vllm_plugin.CHECKOUT_VARIABLE, raising=False)
+    monkeypatch.setattr(vllm_plugin, "register_indextts", lambda checkout: pytest.fail(checkout))
+    vllm_plugin.register()
+
+
+@pytest.fixture
+def imports(monkeypatch):
+    """Forget afterwards what a test imports."""
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_checkout_in_use_is_registered_and_mended(monkeypatch, tmp_path, imports):
+    (tmp_path / "patch_vllm.py").write_text("applied = True\n")
+    model = tmp_path / "indextts" / "gpt" / "index_tts_gpt2_vllm_v1.py"
+    model.parent.mkdir(parents=True)
+    model.write_text("class GPT2TTSModel: pass\n")
+    monkeypatch.setenv(vllm_plugin.CHECKOUT_VARIABLE, str(tmp_path))
+    vllm_plugin.register()
+    from indextts.gpt.index_tts_gpt2_vllm_v1 import GPT2TTSModel
+
+    assert sys.modules["patch_vllm"].applied
+    assert GPT2TTSModel.embed_input_ids is vllm_plugin.embed_input_ids
+    assert GPT2TTSModel.compute_logits is vllm_plugin.compute_logits
+
+
+def test_the_scores_have_their_bias():
+    head = SimpleNamespace(bias="bias")
+    model = SimpleNamespace(lm_head=head, logits_processor=lambda *given: given)
+    assert vllm_plugin.compute_logits(model, "states") == (head, "states", "bias")

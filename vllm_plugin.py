@@ -1,0 +1,64 @@
+"""What every vLLM process of this server does first: vLLM's entry point `vllm.general_plugins`.
+
+vLLM finds it through speech_server.dist-info beside this file: both folders only have to be on sys.path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any
+
+CHECKOUT_VARIABLE = "SPEECH_INDEXTTS_CHECKOUT"  # indextts_voice.py names its checkout in it; unset for other engines
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def register() -> None:
+    """Tie a spawned process to its parent; teach vLLM the checkout's model where one is in use."""
+    if parent := multiprocessing.parent_process():
+        die_with_parent(parent.pid)
+    if checkout := os.environ.get(CHECKOUT_VARIABLE):
+        register_indextts(checkout)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies: else it would keep its GPU memory for good."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(1)
+
+
+def register_indextts(checkout: str) -> None:
+    """Register the checkout's GPT with vLLM and mend what is wrong with it."""
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)
+    import patch_vllm  # noqa: F401 - registers the model and its positions
+    from indextts.gpt.index_tts_gpt2_vllm_v1 import GPT2TTSModel
+
+    GPT2TTSModel.embed_input_ids = embed_input_ids
+    GPT2TTSModel.compute_logits = compute_logits
+
+
+def embed_input_ids(
+    self: Any, input_ids: Any, multimodal_embeddings: Any = None, *, is_multimodal: Any = None, **_: Any
+) -> Any:
+    """Embed audio codes, and put the prompts where vLLM says they are.
+
+    The checkout puts them where the id is 0, which is also an audio code: one decoded while another request starts
+    makes one place too many, and the engine dies.
+    """
+    from vllm.model_executor.models.utils import _merge_multimodal_embeddings
+
+    embeddings = self.audio_emb(input_ids)
+    if not multimodal_embeddings:
+        return embeddings
+    places = input_ids == 0 if is_multimodal is None else is_multimodal
+    return _merge_multimodal_embeddings(embeddings, multimodal_embeddings, places)
+
+
+def compute_logits(self: Any, hidden_states: Any) -> Any:
+    """Score the next audio code, with the bias that the checkout leaves out: the stop token's is part of it."""
+    return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
