@@ -223,13 +223,21 @@ def test_rollback_to_what_is_not_there_changes_nothing(lasting):
     assert "no backup 20010101T000000" in said
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and is not just waiting to be reaped."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def test_a_server_that_does_not_end_is_killed_with_its_children(box, releases):
     box.start_older_server("--stubborn")
     child = int(box.get("/child"))
     status, said = box.run(source=releases["a"], STOP_TIMEOUT_S="1")
     assert status == DONE, said
     assert box.older.wait(5) == -signal.SIGKILL
-    assert not Path(f"/proc/{child}").exists()
+    box.wait_until(lambda: not is_running(child))
 
 
 # --- strangers, rivals, interruptions ---
