@@ -84,6 +84,15 @@ soak: install ## half an hour of mixed traffic with faults injected: sent, answe
 bench-threads: install ## compare ways to share the cores: TTS_THREADS and TTS_SLOTS
 	$(BIN)/python benchmarks/threads.py
 
+.PHONY: test-e2e
+test-e2e: install-test ## dub a video end to end as the dubbing worker does (needs ffmpeg; a quarter of an hour)
+	@command -v ffmpeg > /dev/null || $(install_ffmpeg)
+	$(BIN)/python -m pytest -s tests/e2e
+
+.PHONY: bench-worker
+bench-worker: install ## print the figures of a dubbing task: engine busy, evenness, memory over 500 segments
+	$(BIN)/python benchmarks/worker.py
+
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
 	PYTHONPATH=. $(BIN)/python examples/make_examples.py
@@ -154,3 +163,12 @@ $(INDEXTTS_VENV)/installed:
 	python3.11 -m venv --clear $(INDEXTTS_VENV)
 	$(INDEXTTS_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps -r tests/indextts/requirements.txt
 	touch $@
+
+# ffmpeg is a program of the machine's, not a part of this repository; only the end-to-end test runs it.
+define install_ffmpeg
+if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -q && apt-get install -qy --no-install-recommends ffmpeg; \
+	else \
+	  echo "ffmpeg is missing. Type: sudo apt-get install ffmpeg" >&2; exit 1; \
+	fi
+endef
