@@ -14,8 +14,9 @@ import sys
 import time
 import urllib.request
 
-from bench import PARAGRAPH, STORY, markdown, save, spread
 from servers import ROOT, Server, leave_on_term, own_server
+from tables import markdown, save, spread
+from texts import PARAGRAPH, STORY
 
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
