@@ -722,16 +722,17 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
     return utterances
 
 
-def split_to_fit(text: str, fits: Callable[[str], bool], full: float = FULL_SYLLABLES) -> list[Utterance]:
-    """Split text into utterances, and those that do not fit the engine again at half the length."""
-    utterances: list[Utterance] = []
+def split_to_fit(text: str, fits: Callable[[str], bool], full: float = FULL_SYLLABLES) -> Iterator[Utterance]:
+    """Split text into utterances, and those that do not fit the engine again at half the length.
+
+    One by one, as asking takes a model time: it writes numbers out and counts tokens.
+    """
     for utterance in split_utterances(text, full=full):
         if fits(utterance.text) or len(utterance.text) == 1:
-            utterances.append(utterance)
+            yield utterance
             continue
         *parts, last = split_to_fit(utterance.text, fits, min(full, sum(map(syllables, utterance.text))) / 2)
-        utterances += [*parts, Utterance(last.text, utterance.pause_s)]
-    return utterances
+        yield from (*parts, Utterance(last.text, utterance.pause_s))
 
 
 def split_sentences(text: str) -> list[str]:
@@ -1057,11 +1058,11 @@ class VllmEngine:
 
     sample_rate = 22_050
     can_clone = can_emote = True
-    slots = 8  # enough to keep the first stage busy while the last one works
     honours = frozenset(ENGINE_OPTIONS)
 
-    def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any]):
+    def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any], slots: int = 8):
         self.name, self.model = name, model
+        self.slots = slots  # enough to keep the first stage busy while the last one works
         self._settings, self._create = settings, create
         self._owner = EngineLoop()
         self._voice: VoiceModel | None = None
@@ -1207,7 +1208,7 @@ async def create_indextts(settings: Settings) -> VoiceModel:
 
 ENGINES: dict[str, Callable[[Settings], Engine]] = {
     "omni": lambda s: VllmEngine("omni", s, Path(s.model).name, create_omni),
-    "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts),
+    "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts, slots=4),
     "embedded": EmbeddedEngine,
 }
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
@@ -1380,20 +1381,21 @@ class Speech:
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
-        waiting = deque(self._speakable(order))
+        waiting = self._speakable(order)
         line: deque = deque()
         pending: deque[tuple[Utterance, Claim]] = deque()
         try:
-            while waiting or pending:
-                while waiting and len(pending) <= self.slots:
-                    utterance = waiting.popleft()
+            while True:
+                while len(pending) <= self.slots and (utterance := next(waiting, None)):
                     pending.append((utterance, self._claim(utterance, order, line)))
+                if not pending:
+                    return
                 utterance, claim = pending[0]
                 chunk = self._await(claim.future, order)
                 pending.popleft()
                 order.origins.append(claim.origin)
                 self.metrics.utterances.labels(claim.origin).inc()
-                yield utterance, chunk, not (waiting or pending)
+                yield utterance, chunk, not pending  # with one left to come, it would be pending by now
         finally:
             for _, claim in pending:
                 claim.leave()
@@ -1403,9 +1405,9 @@ class Speech:
         key = None if sound is None else (utterance, order.speed, sound)
         return self._jobs.claim(key, line, partial(self._synthesize, utterance, order, time.perf_counter()))
 
-    def _speakable(self, order: Order) -> list[Utterance]:
-        """Split the text; raise InvalidRequest where a sentence or an utterance has letters and none is read."""
-        utterances = split_to_fit(order.text, self.engine.fits, order.full_syllables)
+    def _speakable(self, order: Order) -> Iterator[Utterance]:
+        """Yield the utterances; before the first, raise InvalidRequest where a part has letters and none is read."""
+        utterances = split_utterances(order.text, full=order.full_syllables)
         for part in [*split_sentences(order.text), *(utterance.text for utterance in utterances)]:
             if (letters := set(filter(str.isalnum, part))) and letters <= set(self.engine.unspoken(part)):
                 raise InvalidRequest(
@@ -1413,7 +1415,10 @@ class Speech:
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
         order.unspoken = self.engine.unspoken(order.text)
-        return utterances if any(map(str.isalnum, order.text)) else utterances[:1]
+        if any(map(str.isalnum, order.text)):
+            yield from split_to_fit(order.text, self.engine.fits, order.full_syllables)
+        else:
+            yield utterances[0]
 
     def _synthesize(
         self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation

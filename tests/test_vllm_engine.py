@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from scripted import RATE, ScriptedVoice, noise
 
-from app import EngineFault, Settings, Unavailable, VllmEngine, create_app, split_to_fit
+from app import EngineFault, Order, Settings, Unavailable, VllmEngine, create_app, split_to_fit
 from vllm_engine import (
     DeadlinePassed,
     EngineDead,
@@ -340,13 +340,23 @@ class TestEmotion:
 
 def test_text_that_does_not_fit_is_cut_and_nothing_is_lost():
     text = "一二三四五六七八九十，" * 12
-    parts = split_to_fit(text, lambda part: len(part) <= 7)
+    parts = list(split_to_fit(text, lambda part: len(part) <= 7))
     assert all(len(part.text) <= 7 for part in parts)
     assert "".join(part.text for part in parts) == text
 
 
 def test_a_text_that_can_never_fit_ends():
-    assert len(split_to_fit("abc def", lambda _: False)) == len("abcdef")
+    assert len(list(split_to_fit("abc def", lambda _: False))) == len("abcdef")
+
+
+def test_a_long_text_is_counted_as_it_is_spoken_and_not_before(app, voice):
+    counted = []
+    voice.count_tokens = lambda text: counted.append(text) or len(text)
+    speech = app.extensions["speech"]
+    audio = speech.speak(Order("This is one sentence. " * 180, speech.voices.resolve(None)))
+    next(audio)
+    assert 1 <= len(counted) < 15
+    audio.close()
 
 
 def test_an_engine_fault_is_a_500_of_ours():
