@@ -262,7 +262,7 @@ class TestCloning:
     def test_the_known_voices_can_be_asked_for_too(self, cloner, voice):
         assert speak_like(cloner, "/any/where/voice_05.wav").headers["X-Voice"] == "nova"
 
-    @pytest.mark.parametrize("path", ["uploads/x.wav", "/root/examples/voice_01.wav"])
+    @pytest.mark.parametrize("path", ["uploads/x.wav", "/srv/examples/voice_01.wav"])
     def test_an_engine_that_cannot_clone_refuses_so_that_the_worker_falls_back(self, client, path):
         response = speak_like(client, path)
         assert response.status_code == 400 and "cannot clone" in response.json["error"]
