@@ -90,6 +90,8 @@ def test_a_checkout_in_use_is_registered_and_mended(monkeypatch, tmp_path, impor
     (tmp_path / "patch_vllm.py").write_text("applied = True\n")
     model = tmp_path / "indextts" / "gpt" / "index_tts_gpt2_vllm_v1.py"
     model.parent.mkdir(parents=True)
+    for package in (model.parent, model.parent.parent):
+        (package / "__init__.py").touch()
     model.write_text("class GPT2TTSModel: pass\n")
     monkeypatch.setenv(vllm_plugin.CHECKOUT_VARIABLE, str(tmp_path))
     vllm_plugin.register()
