@@ -104,7 +104,7 @@ wait_until() {
 # === Settings ===
 
 default_app_dir() {
-  if [[ -f $SOURCE/release.sha256 ]]; then echo "$SOURCE"
+  if [[ -f $SOURCE/release.sha256 || (-d $SOURCE/backups && -d $SOURCE/run) ]]; then echo "$SOURCE"
   elif [[ -d /root/index-tts-vllm ]]; then echo /root/index-tts-vllm
   fi
 }
@@ -113,7 +113,7 @@ load_config() {
   APP_DIR=${APP_DIR:-$(default_app_dir)}
   [[ $APP_DIR ]] || die "$EXIT_USAGE" "APP_DIR: name the folder to deploy to, as /root/index-tts-vllm does not exist"
   APP_DIR=$(realpath -m -- "$APP_DIR")
-  PIDFILE=$APP_DIR/run/server.pid UNFINISHED=$APP_DIR/run/unfinished STAGED=$APP_DIR/run/staged
+  PIDFILE=$APP_DIR/run/server.pid UNFINISHED=$APP_DIR/run/unfinished SWITCHED=$APP_DIR/run/switched STAGED=$APP_DIR/run/staged
   SERVER_LOG=$APP_DIR/logs/server.log
   take_installed_settings
   export PORT=${PORT:-6006}
@@ -407,7 +407,9 @@ check_python() {
     return 0
   fi
   pass "$("$PYTHON" --version) at $PYTHON"
-  missing=$(missing_packages "$(requirements)" | wc -l) name=$(basename -- "$(requirements)")
+  name=$(basename -- "$(requirements)")
+  missing=$(missing_packages "$(requirements)" 2>&1) || { fail "packages: $missing"; return 0; }
+  missing=$(grep -c . <<<"$missing" || true)
   if ((missing == 0)); then
     pass "packages: all of $name are there"
     check_import "$SOURCE"
@@ -458,7 +460,7 @@ check_port() {
   local pid
   pid=$(server_pid) && pass "running from here: process $pid, $(shown "$pid")"
   if [[ ! $(listening_sockets) ]]; then pass "port $PORT is free"
-  elif [[ ! $pid ]] || ! port_pids | grep -xF -f <(family "$pid") >/dev/null; then fail "port $PORT is $(port_state)"
+  elif ! listens; then fail "port $PORT is $(port_state)"
   fi
 }
 
@@ -648,11 +650,16 @@ keep_files() {
 # Keep how a server that is not ours was started, and its program. Its environment may hold secrets: owner only.
 keep_start() {
   local name
-  for name in cmdline environ; do (umask 077 && cat "/proc/$1/$name" >"$2/run/started/$name"); done
-  readlink "/proc/$1/cwd" >"$2/run/started/cwd"
+  keep_command "$1" "$2"
   if [[ ! -f $APP_DIR/server.env ]]; then (umask 077 && settings "HOST|PORT" >"$2/server.env"); fi
   name=$(program "$2")
   if [[ -f $APP_DIR/$name ]]; then cp -p -- "$APP_DIR/$name" "$2/$name"; fi
+}
+
+keep_command() {
+  local name
+  for name in cmdline environ; do (umask 077 && cat "/proc/$1/$name" >"$2/run/started/$name"); done
+  readlink "/proc/$1/cwd" >"$2/run/started/cwd"
 }
 
 # The file that a backup's server is made of.
@@ -672,14 +679,16 @@ program() {
 # Exchange what is here for the release or backup in a folder; on_exit puts the backup back if that fails anywhere.
 switch_to() {
   backup "$1"
+  rm -f "$SWITCHED"
   echo "$BACKUP" >"$UNFINISHED"
   SWITCHING=$BACKUP
   stop_server
+  touch "$SWITCHED"  # what runs from now on is the new release
   await_gpu_memory
   install_from "$1" "$BACKUP"
   start_checked "$1" || exit "$EXIT_DOWN"
   SWITCHING=''
-  rm -f "$UNFINISHED"
+  rm -f "$UNFINISHED" "$SWITCHED"
 }
 
 # Start what is installed from DIR, and see that it serves.
@@ -723,8 +732,9 @@ recover() {
   [[ -s $UNFINISHED ]] || return 0
   interrupted=$(<"$UNFINISHED")
   log "an earlier deploy was interrupted; putting the files of $interrupted back"
+  if [[ -e $SWITCHED ]]; then stop_server "$FAILED_STOP_S"; fi  # it never came to be verified
   if [[ -f $interrupted/replaced.txt ]]; then install_from "$interrupted" "$interrupted"; fi
-  rm -f "$UNFINISHED"
+  rm -f "$UNFINISHED" "$SWITCHED"
 }
 
 prune_backups() {
@@ -769,8 +779,20 @@ message() { sed -n 's/.*"message": *"\([^"]*\)".*/\1/p' <<<"$1"; }
 
 # A server that is not ours: it answers, whatever it says.
 wait_answering() {
-  wait_until "$HEALTH_TIMEOUT_S" answering || { log "no answer after $HEALTH_TIMEOUT_S s"; return 1; }
+  local shown=$SECONDS
+  until listens && answering; do
+    is_alive || { log "the server has ended"; return 1; }
+    ((SECONDS < DEADLINE)) || { log "no answer by the deadline"; return 1; }
+    if ((SECONDS >= shown + 5)); then log "waiting: no answer yet ($((DEADLINE - SECONDS)) s left)"; shown=$SECONDS; fi
+    sleep 0.1
+  done
   log "it answers"
+}
+
+# Whether it is the server of this folder that listens on PORT, not a stranger.
+listens() {
+  local pid
+  pid=$(server_pid) && port_pids | grep -xF -f <(family "$pid") >/dev/null
 }
 
 answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
@@ -921,8 +943,10 @@ do_deploy() {
 
 do_rollback() {
   begin
-  local name; name=$(list_backups | grep -F ".backup.$TIMESTAMP" | tail -n 1) ||
+  local name; name=$(list_backups | other_backups | grep -F ".backup.$TIMESTAMP" | tail -n 1) ||
     die "$EXIT_UNCHANGED" "there is no backup ${TIMESTAMP:-yet} in $APP_DIR/backups; nothing was changed"
+  check_port
+  ((FAILURES == 0)) || die "$EXIT_UNCHANGED" "nothing was changed"
   [[ $name != nothing.* ]] || die "$EXIT_UNCHANGED" "there was no server here before the first deploy"
   log "rolling back to $name"
   switch_to "$APP_DIR/backups/$name"
@@ -930,8 +954,26 @@ do_rollback() {
   log "$name is serving"
 }
 
-do_stop()    { begin; stop_server; log "stopped"; }
-do_restart() { begin; stop_server; await_gpu_memory; start_installed; }
+do_stop()    { begin; note_start; stop_server; log "stopped"; }
+do_restart() { begin; note_start; stop_server; await_gpu_memory; start_installed; }
+
+# Of backup names, those that a rollback would change something with, unless one is asked for by its time: a deploy
+# that failed leaves a backup of the very release that serves.
+other_backups() {
+  local name serving; serving=$(release_of "$APP_DIR")
+  while IFS= read -r name; do
+    if [[ $TIMESTAMP || ! $serving || $(release_of "$APP_DIR/backups/$name") != "$serving" ]]; then printf '%s\n' "$name"; fi
+  done
+}
+
+# Before a server that is not ours is stopped: keep how it was started, or nobody could start it again.
+note_start() {
+  local pid
+  pid=$(server_pid) || return 0
+  if is_ours "$pid" || [[ -e $APP_DIR/${STARTED[0]} ]]; then return 0; fi
+  mkdir -p "$APP_DIR/run/started"
+  keep_command "$pid" "$APP_DIR"
+}
 
 do_start() {
   begin

@@ -198,6 +198,34 @@ def test_rollback_reaches_every_backup(older, releases):
     assert a_again[1] not in (None, older.first)
 
 
+def test_after_a_failed_deploy_rollback_goes_on_to_the_release_before(older, releases):
+    serve(older, releases["a"])
+    assert older.run(source=releases["silence"])[0] == ROLLED_BACK
+    status, said = older.run("rollback")
+    assert (status, older.get("/")) == (DONE, older.greeting), said
+
+
+def test_a_restart_before_any_deploy_keeps_how_the_older_server_was_started(older, releases):
+    status, said = older.run("restart")
+    assert (status, older.get("/")) == (DONE, older.greeting), said
+    serve(older, releases["a"])
+    assert older.run("rollback")[0] == DONE and older.get("/") == older.greeting
+
+
+def test_a_stranger_on_the_port_is_not_taken_for_the_server_that_is_rolled_back_to(older, releases, tmp_path):
+    serve(older, releases["a"])
+    assert older.run("stop")[0] == DONE
+    program = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(older.port)]
+    stranger = subprocess.Popen(program, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        older.wait_until(lambda: older.get("/"))
+        status, said = older.run("rollback")
+        assert status == UNCHANGED and f"taken by process {stranger.pid}" in said
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 def test_a_second_rollback_undoes_the_first(served, releases):
     serve(served, releases["b"])
     latest = served.release()
@@ -280,8 +308,6 @@ def test_killed_at_any_step_start_gives_the_old_release_back(lasting, releases, 
     status, said = lasting.run(source=releases["b"], BASH_ENV=at_step(step, "kill -KILL $$", tmp_path))
     assert status == -signal.SIGKILL, said
     status, said = lasting.run("start")
-    if lasting.release() != lasting.first:  # the new one had been started already
-        status, said = lasting.run("restart")
     assert status == DONE, said
     assert (lasting.release(), settled(lasting)) == (lasting.first, before)
 
