@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from embedded_g2p import G2P, has_han, has_reading
+from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
 from embedded_graph import unroll_convolutions
 from quiet_onnxruntime import onnxruntime
 
@@ -106,8 +106,9 @@ class EmbeddedVoice:
 
     @staticmethod
     def unspoken(text: str) -> str:
-        """Return the letters and digits that are not read aloud: neither Latin nor Han with a reading."""
-        return "".join(c for c in text if c.isalnum() and not is_read(c))
+        """Return the letters and digits that are not read aloud: no Latin, no Han with a reading, no Greek letter."""
+        others = GREEK_LETTER.sub("", text.replace("\N{MICRO SIGN}", "μ").replace("\N{OHM SIGN}", "Ω"))
+        return "".join(c for c in others if c.isalnum() and not is_read(c))
 
     def check_style(self, recipe: str) -> None:
         """Raise ValueError where a recipe is none, or names a style that there is not."""

@@ -66,8 +66,11 @@ def test_nothing_to_speak_gives_no_samples(voice, text):
 
 @pytest.mark.parametrize(
     ("text", "unspoken"),
-    [("你", ""), ("aé", ""), ("５½", ""), ("こ", "こ"), ("！🙂", ""), ("𠮷野", "𠮷"), ("Hello Мир", "Мир")],
-)
+    [
+        ("你", ""), ("aé", ""), ("５½", ""), ("こ", "こ"), ("！🙂", ""), ("𠮷野", "𠮷"), ("Hello Мир", "Мир"),
+        ("π", ""), ("5 µg", ""), ("Ω", ""), ("και", "και"),
+    ],
+)  # fmt: skip
 def test_it_knows_what_it_does_not_read(voice, text, unspoken):
     assert voice.unspoken(text) == unspoken
 
