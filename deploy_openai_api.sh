@@ -45,7 +45,8 @@ readonly EXIT_UNHEALTHY=1 EXIT_USAGE=2 EXIT_UNCHANGED=3 EXIT_ROLLED_BACK=4 EXIT_
 # read where they are, as an index-tts-vllm folder has its own; scripts are installed and not rolled back.
 readonly RELEASE_FILES=(
   app.py gunicorn.conf.py voices.json assets
-  access.py metrics.py openapi.py scheduling.py reference_audio.py reference_store.py audio_decoder.py
+  settings.py errors.py voices.py utterances.py scheduling.py audio.py engines.py
+  access.py metrics.py openapi.py reference_audio.py reference_store.py audio_decoder.py
   embedded_voice.py embedded_g2p.py embedded_graph.py quiet_onnxruntime.py
   vllm_engine.py vllm_plugin.py speech_server.dist-info
   omni_voice.py omni_model.py indextts_voice.py indextts_stages.py

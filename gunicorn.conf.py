@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gunicorn import util
 
-from app import RESERVE_THREADS, Settings
+from app import RESERVE_THREADS
+from settings import Settings
 from vllm_engine import children, descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

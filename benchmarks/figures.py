@@ -25,8 +25,10 @@ from texts import LANGUAGES, PARAGRAPH, STORY, Texts
 
 sys.path.insert(0, str(ROOT))
 
-from app import Settings, Voices, split_utterances
 from embedded_voice import EmbeddedVoice
+from settings import Settings
+from utterances import split_utterances
+from voices import Voices
 
 LOADS = [Case(clients=clients) for clients in (1, 2, 4, 8, 16)]
 LENGTHS = [Case(language, length, clients=1) for language in LANGUAGES for length in (10, 100, 1000, 4000)]

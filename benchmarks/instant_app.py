@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from app import AudioChunk, Settings, SynthesisOptions, Voice
 from app import create_app as create_real_app
+from audio import AudioChunk
+from engines import SynthesisOptions
+from settings import Settings
+from voices import Voice
 
 RATE = 24_000
 NOISE = np.random.default_rng(0).uniform(-0.3, 0.3, RATE // 2).astype(np.float32)  # half a second

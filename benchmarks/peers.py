@@ -30,8 +30,9 @@ from texts import PARAGRAPH, STORY, Texts
 
 sys.path.insert(0, str(ROOT))
 
-from app import Settings, Voices
 from embedded_voice import Styles, read_weights
+from settings import Settings
+from voices import Voices
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "indextts-openai-server" / "peers"
 MODEL = CACHE / "models" / "kokoro-v1.0.int8.onnx"

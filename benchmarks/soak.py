@@ -30,7 +30,9 @@ from texts import PARAGRAPH
 
 sys.path.insert(0, str(ROOT))
 
-from app import FORMATS, Settings, Voices
+from audio import FORMATS
+from settings import Settings
+from voices import Voices
 
 TRIES, PAUSE_S = 4, 2.0  # the dubbing worker's, which heeds no Retry-After; OpenAI's clients do
 KILL_EVERY_S, RELOAD_EVERY_S, SAMPLE_EVERY_S = 300, 60, 10

@@ -9,7 +9,10 @@ import av
 import numpy as np
 import soundfile
 
-from app import AudioChunk, Order, Settings, Speech, audio_frame, choose_engine, level, pulled, to_int16
+from app import Order, Speech
+from audio import AudioChunk, audio_frame, level, pulled, to_int16
+from engines import choose_engine
+from settings import Settings
 
 TEXT = "清晨的阳光照进安静的小镇，人们慢慢地打开窗户，新的一天就这样开始了。The day begins."
 LUFS = -21.0  # leaves every peak under -1 dBFS

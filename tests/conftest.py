@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from serving import Server
 
-from app import AudioChunk, Settings, create_app
+from app import create_app
+from audio import AudioChunk
+from settings import Settings
 
 
 class ScriptedEngine:

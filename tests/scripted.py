@@ -9,8 +9,9 @@ import threading
 
 import numpy as np
 
-from app import Settings, VllmEngine
 from app import create_app as create_real_app
+from engines import VllmEngine
+from settings import Settings
 from vllm_engine import Spoken
 
 RATE = 22_050

@@ -8,7 +8,8 @@ import pytest
 from serving import Server
 
 from access import ADDRESSES, WRONG_KEYS, ForwardedAddress, Keys, WrongKeys
-from app import Settings, create_app
+from app import create_app
+from settings import Settings
 
 SPEECH = "/v1/audio/speech"
 ASKED = {"model": "m", "input": "Hello there."}

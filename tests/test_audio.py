@@ -8,13 +8,11 @@ import soundfile
 from hearing import median_pitch_hz
 from serving import decode, pcm
 
-from app import (
+from audio import (
     EDGE_S,
     FORMATS,
     PEAK,
     AudioChunk,
-    EngineFault,
-    InvalidRequest,
     choose_rate,
     encode_stream,
     encode_whole,
@@ -22,7 +20,8 @@ from app import (
     resample,
     stretch,
     trim,
-)  # fmt: skip
+)
+from errors import EngineFault, InvalidRequest
 
 RATE = 24_000
 

@@ -26,7 +26,7 @@ from servers import cpu_s
 from tables import save
 from texts import LANGUAGES, LINES, SHORT_LINES, Texts
 
-from app import FORMATS, AudioChunk, Encoder
+from audio import FORMATS, AudioChunk, Encoder
 
 SECOND = b"\1\0" * 24_000  # of pcm
 

@@ -12,7 +12,8 @@ import pytest
 from serving import REPOSITORY, free_port
 from werkzeug.serving import make_server
 
-from app import Settings, create_app
+from app import create_app
+from settings import Settings
 
 SCRIPT = REPOSITORY / "test_openai_api.sh"
 SPEECH = "/v1/audio/speech"

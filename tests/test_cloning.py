@@ -15,7 +15,9 @@ from scripted import RATE, ScriptedVoice
 from test_reference_audio import encoded, speech_like
 
 import reference_store
-from app import HERE, Settings, VllmEngine, create_app
+from app import create_app
+from engines import VllmEngine
+from settings import HERE, Settings
 
 CLONING, UPLOAD, VOICES, SPEECH = "/tts_url_with_cloning", "/upload_audio", "/v1/audio/voices", "/v1/audio/speech"
 

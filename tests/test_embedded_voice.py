@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import embedded_voice
-from app import HERE
 from embedded_voice import Cancelled, EmbeddedVoice, Styles, WeightsError, read_weights
+from settings import HERE
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ sys.path.append(str(FILES[0].parent))
 def test_the_reference_audio_is_fit_for_cloning(path):
     from make_examples import LUFS, loudness
 
-    from app import AudioChunk
+    from audio import AudioChunk
 
     samples, rate = soundfile.read(path, dtype="float32")
     assert (samples.ndim, rate) == (1, 24_000)

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import Settings, create_app, find_breaks, split_sentences, split_utterances
+from app import create_app
 from embedded_g2p import G2P, speakable
 from embedded_voice import EmbeddedVoice
+from settings import Settings
+from utterances import find_breaks, split_sentences, split_utterances
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 150))
 SPEECH = "/v1/audio/speech"

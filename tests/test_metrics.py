@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from app import HERE, Settings, create_app
+from app import create_app
+from settings import HERE, Settings
 
 SPEECH = "/v1/audio/speech"
 

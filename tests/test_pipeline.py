@@ -9,7 +9,11 @@ from collections import deque
 import numpy as np
 import pytest
 
-from app import Busy, ClientGone, EngineFault, Order, Settings, Slots, Speech, Unavailable, split_utterances
+from app import Order, Speech
+from errors import Busy, ClientGone, EngineFault, Unavailable
+from scheduling import Slots
+from settings import Settings
+from utterances import split_utterances
 
 SENTENCES = "The first sentence is here. Then comes the second one. And a third one ends it all now. A fourth follows."
 SPEECH = "/v1/audio/speech"

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 import reference_audio
-from app import HERE
 from reference_audio import BadReference, decode, find_reference, load_reference
+from settings import HERE
 
 LIMIT = 1 << 20
 

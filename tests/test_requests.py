@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from app import Settings, create_app
+from app import create_app
+from settings import Settings
 
 SPEECH, NATIVE = "/v1/audio/speech", "/tts_url"
 GOOD = {"model": "tts-1", "input": "Hello."}

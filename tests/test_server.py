@@ -18,7 +18,7 @@ import soundfile
 from hearing import pitch_change, pitch_hz
 from serving import Server, decode, pcm
 
-from app import FORMATS
+from audio import FORMATS
 
 SPEECH = "/v1/audio/speech"
 PARAGRAPH = (

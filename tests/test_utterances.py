@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import (
+from utterances import (
     CLAUSE,
     FIRST_SYLLABLES,
     FULL_SYLLABLES,

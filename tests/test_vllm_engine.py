@@ -10,7 +10,11 @@ import pytest
 import soundfile
 from scripted import RATE, ScriptedVoice, noise
 
-from app import EngineFault, Order, Settings, Unavailable, VllmEngine, create_app, split_to_fit
+from app import Order, create_app
+from engines import VllmEngine
+from errors import EngineFault, Unavailable
+from settings import Settings
+from utterances import split_to_fit
 from vllm_engine import (
     DeadlinePassed,
     EngineDead,
@@ -274,7 +278,7 @@ class TestEngine:
 
 def options():
     """Plain options."""
-    from app import SynthesisOptions
+    from engines import SynthesisOptions
 
     return SynthesisOptions()
 

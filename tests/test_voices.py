@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from app import InvalidRequest, Settings, Voices
+from errors import InvalidRequest
+from settings import Settings
+from voices import Voices
 
 HERE = Path(__file__).resolve().parent
 ELEVEN = ["alloy", "echo", "fable", "onyx", "nova", "shimmer", "ash", "ballad", "coral", "sage", "verse"]

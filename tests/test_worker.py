@@ -17,7 +17,8 @@ import soundfile
 from dubbing_worker import NewerWorker, OlderWorker, Segment, TaskFailed
 from serving import REPOSITORY, Server
 
-from app import HERE, Voices
+from settings import HERE
+from voices import Voices
 
 PROBES = ("/synthesize", "/tts", "/api/synthesize", "/api/tts")
 LINES = ["Good morning.", "The train leaves at nine. Please be there.", "Thank you, see you tomorrow!"]
