@@ -83,9 +83,19 @@ from metrics import Metrics
 from openapi import describe
 from reference_audio import BadReference, find_reference, load_reference
 from reference_store import OwnVoices, Uploads
-from scheduling import Cancellation, Claim, Jobs, Slots
+from scheduling import Cancellation, Claim, Jobs, Line, Slots
 from settings import HERE, Settings
-from utterances import FIRST_SYLLABLES, FULL_SYLLABLES, Utterance, split_sentences, split_to_fit, split_utterances
+from utterances import (
+    FIRST_AUDIO_S,
+    FIRST_SYLLABLES,
+    FULL_SYLLABLES,
+    Utterance,
+    count_syllables,
+    first_length,
+    split_sentences,
+    split_to_fit,
+    split_utterances,
+)
 from vllm_engine import Emotion, Reference
 from voices import Voice, Voices, line_of, own_voice
 
@@ -107,6 +117,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
 UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
 MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
 NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
+PACE_WEIGHT = 0.2  # of an utterance in the engine's pace: about the last ten count
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
 OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
@@ -325,6 +336,7 @@ class Order:
     speed: float = 1.0
     sample_rate: int = PCM_RATE
     full_syllables: float = FULL_SYLLABLES
+    first_syllables: float = FIRST_SYLLABLES
     seed: int | None = None
     emotion: Emotion = Emotion()
     reference: Reference | None = None  # speak like this, not like the voice
@@ -350,6 +362,7 @@ class Speech:
         self.slots = settings.slots or engine.slots
         self._jobs = Jobs(Slots(self.slots), settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
         self._requests = self._characters = 0
+        self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
         self._lock = threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
@@ -424,6 +437,10 @@ class Speech:
         """Requests admitted and not yet spoken to the end."""
         return self._requests
 
+    def first_syllables(self) -> float:
+        """Return how long the first utterance of a stream may be now: longer where the engine is fast and free."""
+        return first_length(self._pace_s)
+
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
         with self._admitted(len(order.text)):
@@ -464,7 +481,7 @@ class Speech:
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
         waiting = self._speakable(order)
-        line: deque = deque()
+        line = Line()
         pending: deque[tuple[Utterance, Claim]] = deque()
         try:
             while True:
@@ -482,14 +499,15 @@ class Speech:
             for _, claim in pending:
                 claim.leave()
 
-    def _claim(self, utterance: Utterance, order: Order, line: deque) -> Claim:
+    def _claim(self, utterance: Utterance, order: Order, line: Line) -> Claim:
         sound = self.engine.sound_key(order.voice, self._options(order, Cancellation()))
         key = None if sound is None else (utterance, order.speed, sound)
-        return self._jobs.claim(key, line, partial(self._synthesize, utterance, order, time.perf_counter()))
+        make = partial(self._synthesize, utterance, order, time.perf_counter())
+        return self._jobs.claim(key, line, count_syllables(utterance.text), make)
 
     def _speakable(self, order: Order) -> Iterator[Utterance]:
         """Yield the utterances; before the first, raise InvalidRequest where a part has letters and none is read."""
-        utterances = split_utterances(order.text, full=order.full_syllables)
+        utterances = split_utterances(order.text, order.first_syllables, order.full_syllables)
         for part in [*split_sentences(order.text), *(utterance.text for utterance in utterances)]:
             if (letters := set(filter(str.isalnum, part))) and letters <= set(self.engine.unspoken(part)):
                 raise InvalidRequest(
@@ -498,7 +516,7 @@ class Speech:
                 )  # fmt: skip
         order.unspoken = self.engine.unspoken(order.text)
         if any(map(str.isalnum, order.text)):
-            yield from split_to_fit(order.text, self.engine.fits, order.full_syllables)
+            yield from split_to_fit(order.text, self.engine.fits, order.first_syllables, order.full_syllables)
         else:
             yield utterances[0]
 
@@ -514,6 +532,7 @@ class Speech:
         with self.metrics.busy_slots.track_inprogress():
             chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
         compute_s = time.perf_counter() - began
+        self._pace_s += PACE_WEIGHT * (compute_s / count_syllables(utterance.text) - self._pace_s)
         order.compute_s += compute_s
         self.metrics.compute_s.inc(compute_s)
         self.metrics.rtf.observe(compute_s / chunk.seconds)
@@ -896,6 +915,8 @@ def answer(
     g.spoken = (order.voice.id, format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
+    if not in_one_piece and order.seed is None:  # with a seed, a text is cut the same way every time
+        order.first_syllables = speech().first_syllables()
     encode = encode_whole if whole else encode_stream
     parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, request.environ)
     first = next(parts)

@@ -17,7 +17,7 @@ from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
 from scheduling import Cancellation
 from settings import HERE, Settings
-from utterances import syllables
+from utterances import count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 from voices import Voice
 
@@ -261,7 +261,7 @@ def voice_reference(voice: Voice) -> Reference:
 def take_fault(spoken: Spoken, sample_rate: int, text: str, speed: float) -> str | None:
     """Return what is wrong with an utterance as the model made it, None where nothing is."""
     samples, seconds = spoken.samples, len(spoken.samples) / sample_rate
-    longest = (LONGEST_S + LONGEST_S_PER_SYLLABLE * sum(map(syllables, text))) / speed
+    longest = (LONGEST_S + LONGEST_S_PER_SYLLABLE * count_syllables(text)) / speed
     faults = {
         "it came back empty": not samples.size,
         "it ran into the length limit": spoken.truncated,

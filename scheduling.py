@@ -1,4 +1,4 @@
-"""Who gets the engine when: cancelling, slots given round robin, and no utterance made twice.
+"""Who gets the engine when: cancelling, slots given evenly, and no utterance made twice.
 
 A request's utterances are jobs. A job whose sound depends on nothing but its key is shared: whoever asks while it is
 being made waits for the same one, and whoever asks later gets it from a cache of bounded size.
@@ -41,42 +41,80 @@ class Cancellation:
         callback()
 
 
+class Line:
+    """One request's work that waits for a slot, and how much it was given so far."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Work] = deque()
+        self.begun = False
+        self.given = 0.0
+
+
+class Work(NamedTuple):
+    """What to do in a slot, its size in any unit, and where the result goes."""
+
+    do: Callable[[], Any]
+    size: float
+    future: Future
+
+
 class Slots:
-    """The engine's slots, given per utterance, round robin between requests."""
+    """The engine's slots, given per utterance and evenly between requests; one more is only for first utterances.
+
+    The next slot goes to the request that was given least, a new one counting as level with the others: start-time
+    fair queueing (Goyal, Vin and Cheng, 1996). The one more is used when the others are taken: a short text then does
+    not wait for the end of an utterance of a long one.
+    """
 
     def __init__(self, count: int):
-        self._ready = threading.Condition()
-        self._lines: deque[deque] = deque()  # one line a request with an utterance waiting; the next request first
-        for number in range(count):
-            threading.Thread(target=self._serve, name=f"slot-{number}", daemon=True).start()
+        self._changed = threading.Condition()
+        self._lines: list[Line] = []  # those with work waiting, the longest waiting first
+        self._idle = self._level = 0  # slots with nothing to do, the one more aside; what the last one served had
+        for number in range(count + 1):
+            extra = number == count
+            threading.Thread(target=self._serve, args=(extra,), name=f"slot-{number}", daemon=True).start()
 
-    def submit(self, line: deque, work: Callable[[], Any]) -> Future:
+    def submit(self, line: Line, size: float, do: Callable[[], Any]) -> Future:
         """Put work at the end of a request's line; the future answers once a slot has done it."""
-        future: Future = Future()
-        with self._ready:
-            line.append((future, work))
-            if len(line) == 1:
+        work = Work(do, size, Future())
+        with self._changed:
+            if not line.waiting:
+                line.given = max(line.given, self._level)
                 self._lines.append(line)
-            self._ready.notify()
-        return future
+            line.waiting.append(work)
+            self._changed.notify_all()
+        return work.future
 
-    def _next(self) -> tuple[Future, Callable[[], Any]]:
-        with self._ready:
-            self._ready.wait_for(lambda: self._lines)
-            line = self._lines.popleft()
-            job = line.popleft()
-            if line:
+    def _choose(self, extra: bool) -> Line | None:
+        """Return the line whose turn it is at a slot; at the one more only new requests have one."""
+        if extra and self._idle:
+            return None
+        lines = (line for line in self._lines if not (extra and line.begun))
+        return min(lines, key=lambda line: line.given, default=None)
+
+    def _next(self, extra: bool) -> Work:
+        with self._changed:
+            self._idle += not extra
+            while (line := self._choose(extra)) is None:
+                self._changed.wait()
+            self._idle -= not extra
+            self._lines.remove(line)
+            work = line.waiting.popleft()
+            self._level = max(self._level, line.given)
+            line.given, line.begun = line.given + work.size, True
+            if line.waiting:
                 self._lines.append(line)
-            return job
+            self._changed.notify_all()  # the one more looks again
+            return work
 
-    def _serve(self) -> None:
+    def _serve(self, extra: bool) -> None:
         while True:
-            future, work = self._next()
-            if future.set_running_or_notify_cancel():
+            work = self._next(extra)
+            if work.future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work())
+                    work.future.set_result(work.do())
                 except Exception as error:
-                    future.set_exception(error)
+                    work.future.set_exception(error)
 
 
 class Claim(NamedTuple):
@@ -110,23 +148,24 @@ class Jobs:
         """Bytes in the cache."""
         return int(self._cache.currsize)
 
-    def claim(self, key: Hashable, line: deque, make: Callable[[Cancellation], Any]) -> Claim:
+    def claim(self, key: Hashable, line: Line, size: float, make: Callable[[Cancellation], Any]) -> Claim:
         """Have an utterance made in a slot, or share it; with a key of None it is made for this claim alone.
 
-        line: the request's own line for the slots. The work stops once everyone who waits for it has left.
+        line, size: the request's own line for the slots, and how much of them this takes. The work stops once everyone
+        who waits for it has left.
         """
         with self._lock:
             if key is not None and (found := self._cache.get(key)) is not None:
                 return Claim(done(found), "hit", lambda: None)
             job, origin = self._under_way.get(key), "shared"
             if job is None:
-                job, origin = self._start(key, line, make), "miss"
+                job, origin = self._start(key, line, size, make), "miss"
             job.waiting += 1
         return Claim(job.future, origin, lambda: self._leave(key, job))
 
-    def _start(self, key: Hashable, line: deque, make: Callable[[Cancellation], Any]) -> Job:
+    def _start(self, key: Hashable, line: Line, size: float, make: Callable[[Cancellation], Any]) -> Job:
         job = Job()
-        job.future = self._slots.submit(line, lambda: make(job.cancellation))
+        job.future = self._slots.submit(line, size, lambda: make(job.cancellation))
         if key is not None:
             self._under_way[key] = job
             job.future.add_done_callback(lambda future: self._finish(key, job, future))

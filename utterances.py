@@ -12,6 +12,8 @@ PARAGRAPH, SENTENCE, CLAUSE, QUOTED, JOINT, WORD = 5, 4, 3, 2, 1, 0  # how stron
 # what is heard there, at speed 1
 PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, JOINT: 0.03, WORD: 0.03}
 FIRST_SYLLABLES, FULL_SYLLABLES = 14, 56  # of the first utterance and of the longest: about 3 s and 13 s of speech
+FIRST_STEPS = (8, FIRST_SYLLABLES, 28)  # of the first one: few, so that texts are cut alike and found in the cache
+FIRST_AUDIO_S = 0.6  # patience for it
 PAIRS = ("“”", "「」", "『』", "《》", "（）", r"\(\)", '""')
 QUOTE = re.compile("|".join(f"{a}[^{a}{b}\n]{{1,200}}{b}" for a, b in (re.findall(r"\\?.", pair) for pair in PAIRS)))
 ABBREVIATION = re.compile(
@@ -49,6 +51,16 @@ def syllables(character: str) -> float:
     return 1.0 if character >= "\u2e80" or character.isdigit() else 0.3
 
 
+def count_syllables(text: str) -> float:
+    """Rough length of a text in syllables."""
+    return sum(map(syllables, text))
+
+
+def first_length(pace_s: float) -> float:
+    """Return how long a first utterance may be, in syllables, where each takes so many seconds to make."""
+    return max((step for step in FIRST_STEPS if step * pace_s <= FIRST_AUDIO_S), default=FIRST_STEPS[0])
+
+
 def find_breaks(text: str) -> list[tuple[int, int]]:
     """Return (position, strength) of each place where text may be cut; weaker in quotes and after abbreviations."""
     abbreviated = {m.end() for m in ABBREVIATION.finditer(text)}
@@ -79,16 +91,18 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
     return utterances
 
 
-def split_to_fit(text: str, fits: Callable[[str], bool], full: float = FULL_SYLLABLES) -> Iterator[Utterance]:
+def split_to_fit(
+    text: str, fits: Callable[[str], bool], first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES
+) -> Iterator[Utterance]:
     """Split text into utterances, and those that do not fit the engine again at half the length.
 
     One by one, as asking takes a model time: it writes numbers out and counts tokens.
     """
-    for utterance in split_utterances(text, full=full):
+    for utterance in split_utterances(text, first, full):
         if fits(utterance.text) or len(utterance.text) == 1:
             yield utterance
             continue
-        *parts, last = split_to_fit(utterance.text, fits, min(full, sum(map(syllables, utterance.text))) / 2)
+        *parts, last = split_to_fit(utterance.text, fits, first, min(full, count_syllables(utterance.text)) / 2)
         yield from (*parts, Utterance(last.text, utterance.pause_s))
 
 

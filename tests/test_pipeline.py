@@ -4,14 +4,12 @@ import base64
 import json
 import threading
 import time
-from collections import deque
 
 import numpy as np
 import pytest
 
 from app import Order, Speech
 from errors import Busy, ClientGone, EngineFault, Unavailable
-from scheduling import Slots
 from settings import Settings
 from utterances import split_utterances
 
@@ -45,6 +43,32 @@ def test_audio_comes_in_the_order_of_the_text(speech, engine):
     assert levels == sorted(levels) and len(levels) == len(split_utterances(SENTENCES)) > 1
 
 
+def first_spoken(client, speech, engine, pace_s, **fields):
+    """Return the first utterance of SENTENCES on an engine that takes so long for a syllable."""
+    engine.spoken.clear()
+    speech._pace_s = pace_s
+    client.post(SPEECH, json={"model": "m", "input": SENTENCES, "response_format": "pcm"} | fields)
+    return engine.spoken[0]
+
+
+def test_a_stream_begins_with_less_on_a_slow_or_busy_engine_and_with_more_on_a_fast_one(client, speech, engine):
+    slow, usual, fast = (len(first_spoken(client, speech, engine, pace_s)) for pace_s in (1, 0.04, 0.001))
+    assert slow <= usual < fast
+
+
+@pytest.mark.parametrize("one, other", [({"seed": 1}, {"seed": 2}), ({"response_format": "wav"},) * 2])
+def test_what_is_seeded_or_sent_whole_is_cut_the_same_at_any_pace(client, speech, engine, one, other):
+    assert first_spoken(client, speech, engine, 1, **one) == first_spoken(client, speech, engine, 0.001, **other)
+
+
+def test_the_pace_follows_the_engine(speech, engine):
+    engine.script = lambda text, options: time.sleep(0.02 * len(text))
+    before = speech.first_syllables()
+    for _ in speech.speak(order(speech)):
+        pass
+    assert speech.first_syllables() < before
+
+
 def test_the_next_utterance_is_made_while_one_is_sent(speech, engine):
     audio = speech.speak(order(speech))
     next(audio)
@@ -70,19 +94,6 @@ def test_there_is_a_pause_between_sentences_and_none_at_the_end(speech):
 def test_pauses_shrink_with_speed(speech, engine):
     first = [next(speech.speak(order(speech, speed=speed))).seconds for speed in (1.0, 2.0)]
     assert first[1] == pytest.approx(first[0] / 2, rel=0.05)
-
-
-def test_slots_go_round_robin_between_requests():
-    slots, taken, gate, done = Slots(1), threading.Event(), threading.Event(), []
-    one, two = deque(), deque()
-    slots.submit(deque(), lambda: taken.set() or gate.wait(5))
-    taken.wait(5)
-    jobs = [slots.submit(one, lambda n=n: done.append(f"one {n}")) for n in range(3)]
-    jobs += [slots.submit(two, lambda n=n: done.append(f"two {n}")) for n in range(2)]
-    gate.set()
-    for job in jobs:
-        job.result(5)
-    assert done == ["one 0", "two 0", "one 1", "two 1", "one 2"]
 
 
 def test_the_queue_is_bounded(app, speech, engine):

@@ -2,11 +2,10 @@
 
 import threading
 import time
-from collections import deque
 
 import pytest
 
-from scheduling import Cancellation, Jobs, Slots
+from scheduling import Cancellation, Jobs, Line, Slots
 
 
 @pytest.fixture
@@ -15,11 +14,93 @@ def jobs():
     return Jobs(Slots(2), 10, len)
 
 
+class Held:
+    """One slot that is taken until it is let go, and the order of what was done in it after that."""
+
+    def __init__(self):
+        self.slots, self.done, self.gate, self.jobs = Slots(1), [], threading.Event(), []
+        self.line, taken = Line(), threading.Event()
+        self.slots.submit(self.line, 1, lambda: taken.set() or self.gate.wait(5))
+        assert taken.wait(5)
+
+    def submit(self, line, size, name):
+        self.jobs.append(self.slots.submit(line, size, lambda: self.done.append(name)))
+        return self.jobs[-1]
+
+    def let_go(self):
+        self.gate.set()
+        for job in self.jobs:
+            job.result(5)
+        return self.done
+
+
+@pytest.fixture
+def held():
+    held = Held()
+    yield held
+    held.let_go()
+
+
+def begun():
+    line = Line()
+    line.begun = True  # the slot for first utterances does not take it
+    return line
+
+
+def test_slots_go_round_robin_between_requests_with_utterances_of_one_size(held):
+    one, two = begun(), begun()
+    for n in range(3):
+        held.submit(one, 1, f"one {n}")
+    for n in range(2):
+        held.submit(two, 1, f"two {n}")
+    assert held.let_go() == ["one 0", "two 0", "one 1", "two 1", "one 2"]
+
+
+def test_a_request_with_long_utterances_has_fewer_turns(held):
+    long, short = begun(), begun()
+    for n in range(2):
+        held.submit(long, 3, f"long {n}")
+    for n in range(4):
+        held.submit(short, 1, f"short {n}")
+    assert held.let_go() == ["long 0", "short 0", "short 1", "short 2", "long 1", "short 3"]
+
+
+def test_a_request_that_comes_late_does_not_make_up_for_it(held):
+    early, late = begun(), begun()
+    early.given = held.slots._level = 100
+    for n in range(2):
+        held.submit(early, 1, f"early {n}")
+    for n in range(2):
+        held.submit(late, 1, f"late {n}")
+    assert held.let_go() == ["early 0", "late 0", "early 1", "late 1"]
+
+
+def test_a_new_request_does_not_wait_for_an_utterance_of_another(held):
+    second = held.submit(held.line, 1, "second")
+    held.submit(Line(), 1, "new").result(5)
+    assert not second.done()
+
+
+def test_the_slot_for_new_requests_is_left_alone_while_another_is_free():
+    slots, names = Slots(1), []
+    for _ in range(20):
+        slots.submit(Line(), 1, lambda: names.append(threading.current_thread().name)).result(5)
+        wait_until(lambda: slots._idle)
+    assert set(names) == {"slot-0"}
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_what_was_made_is_not_made_again(jobs):
     made = []
     claims = []
     for _ in range(3):
-        claims.append(jobs.claim("key", deque(), lambda _: made.append(1) or "sound"))
+        claims.append(jobs.claim("key", Line(), 1, lambda _: made.append(1) or "sound"))
         assert claims[-1].future.result(5) == "sound"
     assert [claim.origin for claim in claims] == ["miss", "hit", "hit"] and len(made) == 1
 
@@ -32,7 +113,7 @@ def test_who_asks_together_shares_one_job(jobs):
         gate.wait(5)
         return "sound"
 
-    claims = [jobs.claim("key", deque(), make) for _ in range(5)]
+    claims = [jobs.claim("key", Line(), 1, make) for _ in range(5)]
     gate.set()
     assert {claim.future.result(5) for claim in claims} == {"sound"}
     assert [claim.origin for claim in claims] == ["miss", *["shared"] * 4] and len(made) == 1
@@ -41,7 +122,7 @@ def test_who_asks_together_shares_one_job(jobs):
 def test_without_a_key_each_is_made(jobs):
     made = []
     for _ in range(2):
-        jobs.claim(None, deque(), lambda _: made.append(1) or "sound").future.result(5)
+        jobs.claim(None, Line(), 1, lambda _: made.append(1) or "sound").future.result(5)
     assert len(made) == 2
 
 
@@ -53,7 +134,7 @@ def test_a_shared_job_goes_on_while_one_waits_and_stops_with_the_last(jobs):
         stopped.wait(5)
         return "sound"
 
-    one, other = (jobs.claim("key", deque(), make) for _ in range(2))
+    one, other = (jobs.claim("key", Line(), 1, make) for _ in range(2))
     one.leave()
     time.sleep(0.05)
     assert not stopped.is_set()
@@ -63,9 +144,9 @@ def test_a_shared_job_goes_on_while_one_waits_and_stops_with_the_last(jobs):
 
 def test_a_job_that_was_given_up_is_made_anew(jobs):
     gate = threading.Event()
-    left = jobs.claim("key", deque(), lambda _: gate.wait(5) or "left")
+    left = jobs.claim("key", Line(), 1, lambda _: gate.wait(5) or "left")
     left.leave()
-    again = jobs.claim("key", deque(), lambda _: "again")
+    again = jobs.claim("key", Line(), 1, lambda _: "again")
     gate.set()
     assert (again.origin, again.future.result(5)) == ("miss", "again")
 
@@ -77,26 +158,26 @@ def test_a_failure_is_told_to_all_who_wait_and_not_kept(jobs):
         gate.wait(5)
         raise ValueError("no")
 
-    claims = [jobs.claim("key", deque(), fail) for _ in range(2)]
+    claims = [jobs.claim("key", Line(), 1, fail) for _ in range(2)]
     gate.set()
     for claim in claims:
         with pytest.raises(ValueError, match="no"):
             claim.future.result(5)
-    assert jobs.claim("key", deque(), lambda _: "sound").future.result(5) == "sound"
+    assert jobs.claim("key", Line(), 1, lambda _: "sound").future.result(5) == "sound"
 
 
 def test_the_cache_keeps_to_its_size_and_drops_what_was_asked_for_least_lately(jobs):
     for key in ("a", "b", "a", "c"):  # four bytes each: two fit
-        jobs.claim(key, deque(), lambda _: "four").future.result(5)
+        jobs.claim(key, Line(), 1, lambda _: "four").future.result(5)
     assert jobs.cached_bytes <= 10
-    assert [jobs.claim(key, deque(), lambda _: "four").origin for key in ("a", "c", "b")] == ["hit", "hit", "miss"]
+    assert [jobs.claim(key, Line(), 1, lambda _: "four").origin for key in ("a", "c", "b")] == ["hit", "hit", "miss"]
 
 
 @pytest.mark.parametrize("capacity", [0, 3])
 def test_what_is_larger_than_the_cache_is_not_kept(capacity):
     jobs = Jobs(Slots(1), capacity, len)
     for _ in range(2):
-        claim = jobs.claim("key", deque(), lambda _: "four")
+        claim = jobs.claim("key", Line(), 1, lambda _: "four")
         assert claim.future.result(5) == "four" and claim.origin == "miss"
         time.sleep(0.02)
     assert jobs.cached_bytes == 0
