@@ -14,6 +14,7 @@ PAUSE_S = {PARAGRAPH: 0.55, SENTENCE: 0.32, CLAUSE: 0.16, QUOTED: 0.2, JOINT: 0.
 FIRST_SYLLABLES, FULL_SYLLABLES = 14, 56  # of the first utterance and of the longest: about 3 s and 13 s of speech
 FIRST_STEPS = (8, FIRST_SYLLABLES, 28)  # of the first one: few, so that texts are cut alike and found in the cache
 FIRST_AUDIO_S = 0.6  # patience for it
+GROWTH = 1.5  # of each next one: equal texts at once then end within 1.3 times of each other
 PAIRS = ("“”", "「」", "『』", "《》", "（）", r"\(\)", '""')
 QUOTE = re.compile("|".join(f"{a}[^{a}{b}\n]{{1,200}}{b}" for a, b in (re.findall(r"\\?.", pair) for pair in PAIRS)))
 ABBREVIATION = re.compile(
@@ -77,7 +78,7 @@ def find_breaks(text: str) -> list[tuple[int, int]]:
 
 
 def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES) -> list[Utterance]:
-    """Split text at its natural breaks: a short utterance first, then each up to twice as long as the one before."""
+    """Split text at its natural breaks: a short utterance first, then longer and longer ones."""
     reach = [0.0, *itertools.accumulate(map(syllables, text))]
     utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
     while start < len(text):
@@ -87,7 +88,7 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
         end, strength = choose_break(marks, near, far, awaited, len(text)) or (whole_words(text, start, far), WORD)
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
-        start, limit = end, min(full, limit * 2)
+        start, limit = end, min(full, limit * GROWTH)
     return utterances
 
 
