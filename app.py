@@ -118,6 +118,7 @@ UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
 MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
 NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
 PACE_WEIGHT = 0.2  # of an utterance in the engine's pace: about the last ten count
+LONG_SYLLABLES = 4 * FULL_SYLLABLES  # a text of about a minute
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "index-tts-v2")  # names clients ask for; any other works
 OPEN_ENDPOINTS = {None, *(f"speech.{name}" for name in (
@@ -437,9 +438,13 @@ class Speech:
         """Requests admitted and not yet spoken to the end."""
         return self._requests
 
-    def first_syllables(self) -> float:
-        """Return how long the first utterance of a stream may be now: longer where the engine is fast and free."""
-        return first_length(self._pace_s)
+    def first_syllables(self, order: Order) -> float:
+        """Return how long a stream's first utterance may be now: in a long text, longer where the engine is fast.
+
+        A text with a seed, and a shorter one, is cut the same way every time: it is the same sound in every format.
+        """
+        long = order.seed is None and count_syllables(order.text) > LONG_SYLLABLES
+        return first_length(self._pace_s) if long else FIRST_SYLLABLES
 
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
@@ -915,8 +920,8 @@ def answer(
     g.spoken = (order.voice.id, format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
-    if not in_one_piece and order.seed is None:  # with a seed, a text is cut the same way every time
-        order.first_syllables = speech().first_syllables()
+    if not in_one_piece:
+        order.first_syllables = speech().first_syllables(order)
     encode = encode_whole if whole else encode_stream
     parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, request.environ)
     first = next(parts)

@@ -44,10 +44,10 @@ def test_audio_comes_in_the_order_of_the_text(speech, engine):
 
 
 def first_spoken(client, speech, engine, pace_s, **fields):
-    """Return the first utterance of SENTENCES on an engine that takes so long for a syllable."""
+    """Return the first utterance of a long text on an engine that takes so long for a syllable."""
     engine.spoken.clear()
     speech._pace_s = pace_s
-    client.post(SPEECH, json={"model": "m", "input": SENTENCES, "response_format": "pcm"} | fields)
+    client.post(SPEECH, json={"model": "m", "input": SENTENCES * 8, "response_format": "pcm"} | fields)
     return engine.spoken[0]
 
 
@@ -56,17 +56,20 @@ def test_a_stream_begins_with_less_on_a_slow_or_busy_engine_and_with_more_on_a_f
     assert slow <= usual < fast
 
 
-@pytest.mark.parametrize("one, other", [({"seed": 1}, {"seed": 2}), ({"response_format": "wav"},) * 2])
-def test_what_is_seeded_or_sent_whole_is_cut_the_same_at_any_pace(client, speech, engine, one, other):
+@pytest.mark.parametrize(
+    "one, other", [({"seed": 1}, {"seed": 2}), ({"response_format": "wav"},) * 2, ({"input": SENTENCES},) * 2]
+)
+def test_what_is_seeded_sent_whole_or_short_is_cut_the_same_at_any_pace(client, speech, engine, one, other):
     assert first_spoken(client, speech, engine, 1, **one) == first_spoken(client, speech, engine, 0.001, **other)
 
 
 def test_the_pace_follows_the_engine(speech, engine):
     engine.script = lambda text, options: time.sleep(0.02 * len(text))
-    before = speech.first_syllables()
+    long = order(speech, SENTENCES * 8)
+    before = speech.first_syllables(long)
     for _ in speech.speak(order(speech)):
         pass
-    assert speech.first_syllables() < before
+    assert speech.first_syllables(long) < before
 
 
 def test_the_next_utterance_is_made_while_one_is_sent(speech, engine):
