@@ -30,10 +30,11 @@ class Server:
 
     repository = REPOSITORY
 
-    def __init__(self, log: Path, app: str = "app:create_app()", **environment: str):
+    def __init__(self, log: Path, app: str = "app:create_app()", under: tuple[str, ...] = (), **environment: str):
+        """under: the command that starts it, where it is to find the machine in a certain state."""
         self.port, self.log = int(environment.get("PORT") or free_port()), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
+        command = [*under, sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, stdout=log.open("wb"), stderr=subprocess.STDOUT,
             env={**os.environ, "HOST": "127.0.0.1", "PORT": str(self.port), **environment},
