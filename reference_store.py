@@ -6,6 +6,7 @@ that what is there is whole. Writing raises OSError where the disk is full or cl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -76,6 +77,7 @@ class Uploads:
     def __init__(self, folder: Path, max_age_s: float, max_bytes: int):
         self._folder, self._max_age_s, self._max_bytes = folder, max_age_s, max_bytes
         self._lock = threading.Lock()
+        self._used: dict[Path, float] = {}  # when, by a clock that does not step; a restarted server asks the files
 
     def start(self) -> None:
         """Tidy up, now and every EXPIRE_EVERY_S."""
@@ -88,10 +90,9 @@ class Uploads:
         digest = hashlib.sha256(wav).hexdigest()
         path = self._path(digest)
         with self._lock:
-            if path.exists():
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # the time of its last use
-            else:
+            if not path.exists():
                 write_whole(path, wav)
+            self._use(path)
         self.expire()
         return f"uploads/{digest}.wav", len(wav)
 
@@ -101,20 +102,35 @@ class Uploads:
             return None
         path = self._path(named[1])
         try:
-            fresh = path.stat().st_atime > time.time() - self._max_age_s
-            return read_upload(path) if fresh else self._gone(path)
+            with self._lock:
+                if self._age_s(path, path.stat()) >= self._max_age_s:
+                    return self._gone(path)
+                self._use(path)
+            return read_upload(path)
         except FileNotFoundError:
             return self._gone(path)
 
     def expire(self) -> None:
         """Remove what is too old, then the longest unused until the rest fits."""
         with self._lock:
-            files = [(status.st_atime, status.st_size, path) for path, status in self._files()]
-            total, oldest = sum(size for _, size, _ in files), time.time() - self._max_age_s
-            for used, size, path in sorted(files):
-                if used <= oldest or total > self._max_bytes:
+            files = [(self._age_s(path, status), status.st_size, path) for path, status in self._files()]
+            total = sum(size for _, size, _ in files)
+            for age_s, size, path in sorted(files, reverse=True):
+                if age_s >= self._max_age_s or total > self._max_bytes:
                     path.unlink(missing_ok=True)
+                    self._used.pop(path, None)
                     total -= size
+
+    def _use(self, path: Path) -> None:
+        """Note that an upload is used now."""
+        self._used[path] = time.monotonic()
+        with contextlib.suppress(OSError):  # a disk that went read-only
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    def _age_s(self, path: Path, status: os.stat_result) -> float:
+        """Seconds since an upload's last use; one of before the start is told by its file, once."""
+        now = time.monotonic()
+        return now - self._used.setdefault(path, now - max(0.0, time.time() - status.st_atime))
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         try:

@@ -184,13 +184,31 @@ class TestUploads:
         assert speak_like(client, paths[1]).status_code == 400
 
     def test_an_old_one_is_not_used_any_more_and_removed(self, start, voice, tmp_path):
-        client = start(upload_max_age_s=60)
-        path = upload(client).json["server_path"]
+        path = upload(start(upload_max_age_s=60)).json["server_path"]
         os.utime(tmp_path / path, (time.time() - 61, time.time()))
+        client = start(upload_max_age_s=60)
         response = speak_like(client, path)
         assert response.status_code == 400 and "upload it again" in response.json["error"]
         client.application.extensions["speech"].uploads.expire()
         assert kept(tmp_path) == []
+
+    @pytest.mark.parametrize("step_s", [1e6, -1e6])
+    def test_a_stepping_clock_makes_none_old_or_everlasting(self, start, tmp_path, monkeypatch, step_s):
+        client, real, began = start(upload_max_age_s=60), time.time, time.monotonic()
+        path = upload(client).json["server_path"]
+        monkeypatch.setattr(time, "time", lambda: real() + step_s)
+        client.application.extensions["speech"].uploads.expire()
+        assert speak_like(client, path).status_code == 200
+        monkeypatch.setattr(time, "monotonic", lambda: began + 3600)
+        client.application.extensions["speech"].uploads.expire()
+        assert kept(tmp_path) == []
+
+    def test_being_spoken_with_is_a_use(self, start, tmp_path, monkeypatch):
+        client, began = start(upload_max_age_s=60), time.monotonic()
+        path = upload(client).json["server_path"]
+        for seconds in (50, 100):
+            monkeypatch.setattr(time, "monotonic", lambda now=began + seconds: now)
+            assert speak_like(client, path).status_code == 200
 
     def test_what_a_killed_server_left_half_written_is_removed(self, start, tmp_path):
         (tmp_path / "uploads").mkdir()
