@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_reference_audio import encoded, speech_like
 
-from app import HERE
 from audio_decoder import CPU_S
+from settings import HERE
 
 HOURS_S = 10 * 3600
 DECODE = """
