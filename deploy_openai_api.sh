@@ -924,7 +924,11 @@ acquire_lock() {
 
 # Prepare to change things: the folders, the log, and what an earlier run left half done.
 begin() {
+  local folder
   mkdir -p "$APP_DIR"/{run,logs,backups} 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be written to"
+  for folder in "$APP_DIR"/{run,logs,backups}; do  # without a log nothing starts, not even what is put back
+    [[ -w $folder ]] || die "$EXIT_UNCHANGED" "$folder cannot be written to"
+  done
   LOG=$APP_DIR/logs/deploy.log
   recover
 }

@@ -361,6 +361,16 @@ def test_a_read_only_folder_changes_nothing(releases, tmp_path):
         assert status == UNCHANGED and "cannot be written to" in said
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a read-only disk needs root")
+def test_a_read_only_log_folder_leaves_running_what_runs(releases, tmp_path):
+    with tmpfs(tmp_path / FOLDER / "logs", "ro"), Box(tmp_path / FOLDER) as box:
+        box.start_older_server()
+        greeting = box.get("/")
+        status, said = box.run(source=releases["a"])
+        assert status == UNCHANGED and "logs cannot be written to" in said
+        assert box.get("/") == greeting
+
+
 def test_reference_audio_of_ones_own_is_not_overwritten(box, releases):
     own = box.app_dir / "examples/voice_03.wav"
     own.parent.mkdir(parents=True)
