@@ -62,9 +62,11 @@ class WrongKeys:
         self._counts: cachetools.TTLCache = cachetools.TTLCache(ADDRESSES, WRONG_KEYS_S)
 
     def count(self, address: str) -> bool:
-        """Count one; tell whether the address has had too many."""
+        """Count one; tell whether an address, or the /64 that an IPv6 client has to itself, has had too many."""
+        parsed = parse_address(address)
+        counted = str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed and parsed.version == 6 else address
         with self._lock:
-            self._counts[address] = count = self._counts.get(address, 0) + 1
+            self._counts[counted] = count = self._counts.get(counted, 0) + 1
         return count > WRONG_KEYS
 
 

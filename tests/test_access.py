@@ -74,6 +74,12 @@ def test_an_address_that_guesses_is_told_to_wait_and_a_right_key_still_passes(gu
     assert refused.headers["Retry-After"] == "60" and refused.json["error"]["code"] == "too_many_wrong_keys"
 
 
+def test_all_addresses_of_one_ipv6_client_count_as_one():
+    counts = WrongKeys()
+    assert [counts.count(f"2001:db8::{number}") for number in range(WRONG_KEYS + 1)] == [False] * WRONG_KEYS + [True]
+    assert not counts.count("2001:db8:0:1::1")
+
+
 def test_the_memory_of_wrong_keys_is_bounded():
     counts = WrongKeys()
     for number in range(ADDRESSES + 100):
@@ -116,9 +122,9 @@ def test_a_missing_keys_file_keeps_the_server_from_starting(engine, tmp_path):
     [
         ("203.0.113.9", "198.51.100.1", "203.0.113.9"),
         ("127.0.0.1", "198.51.100.1", "198.51.100.1"),
-        ("127.0.0.1", "6.6.6.6, 198.51.100.1", "198.51.100.1"),
-        ("127.0.0.1", "6.6.6.6, 198.51.100.1, 10.1.2.3", "198.51.100.1"),
-        ("127.0.0.1", "6.6.6.6, nonsense", "127.0.0.1"),
+        ("127.0.0.1", "203.0.113.66, 198.51.100.1", "198.51.100.1"),
+        ("127.0.0.1", "203.0.113.66, 198.51.100.1, 10.1.2.3", "198.51.100.1"),
+        ("127.0.0.1", "203.0.113.66, nonsense", "127.0.0.1"),
         ("127.0.0.1", "", "127.0.0.1"),
         ("127.0.0.1", "10.1.1.1, 10.2.2.2", "10.1.1.1"),
         ("::1", "2001:db8::1", "::1"),

@@ -377,6 +377,37 @@ class TestOwnVoices:
         assert made not in embedded.get(VOICES).text
 
 
+class TestPaths:
+    """What a client may not have read, by whichever field it names it."""
+
+    NAMED = [
+        ("/tts_url", "spk_audio_path", {}),
+        ("/tts_url", "emo_ref_path", {"spk_audio_path": "voice_01.wav", "emo_control_method": 1}),
+        (CLONING, "spk_audio_path", {}),
+        (CLONING, "emo_audio_path", {"spk_audio_path": "voice_01.wav"}),
+        (SPEECH, "emotion_audio", {"model": "m", "input": "Hello."}),
+    ]
+    PATHS = ["../secret.wav", "/etc/passwd", "link.wav", "fifo.wav", "up/secret.wav", "sub", "a\0b.wav", "x" * 5000]
+
+    @pytest.fixture
+    def exposed(self, start, tmp_path):
+        """A client of an app whose reference folder has a link, a FIFO and a folder in it, and a secret beside it."""
+        folder = tmp_path / "refs"
+        (folder / "sub").mkdir(parents=True)
+        (tmp_path / "secret.wav").write_bytes(wav())
+        (folder / "link.wav").symlink_to(tmp_path / "secret.wav")
+        (folder / "up").symlink_to(tmp_path)
+        os.mkfifo(folder / "fifo.wav")
+        return start(reference_dirs=(folder,))
+
+    @pytest.mark.parametrize(("route", "field", "fields"), NAMED, ids=[f"{r}-{f}" for r, f, _ in NAMED])
+    @pytest.mark.parametrize("path", PATHS, ids=[repr(path[:9]) for path in PATHS])
+    def test_it_is_refused_and_nothing_is_spoken(self, exposed, voice, route, field, fields, path):
+        response = exposed.post(route, json={"text": "Hello.", **fields, field: path})
+        assert response.status_code == 400 and field in response.text and len(response.text) < 800
+        assert voice.asked == []
+
+
 def test_the_description_of_the_api_names_these_routes(client):
     paths = client.get("/openapi.json").json["paths"]
     assert {CLONING, UPLOAD, VOICES, f"{VOICES}/{{voice_id}}"} <= paths.keys()
