@@ -59,13 +59,13 @@ HARD = ["🙂" * 4096, "\u202e" * 4096, "\u0301" * 4096, "ﷺ" * 4096, "1" * 409
 
 @pytest.fixture(scope="module")
 def faults():
-    """What the service logs as an error."""
+    """What is logged as a warning or an error, by whomever: strangers must not be able to flood the log."""
     found = []
-    handler = logging.Handler(logging.ERROR)
+    handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
-    logging.getLogger("speech").addHandler(handler)
+    logging.getLogger().addHandler(handler)
     yield found
-    logging.getLogger("speech").removeHandler(handler)
+    logging.getLogger().removeHandler(handler)
 
 
 def check(response, faults):

@@ -216,6 +216,13 @@ class TestQueue:
 class TestLeaving:
     """Connections cut at each moment."""
 
+    @pytest.fixture
+    def slow_server(self, tmp_path):
+        """A server that takes four seconds for an utterance: nobody is freed because one is done."""
+        with scripted_server(tmp_path / "log", 4, TTS_SLOTS="1") as running:
+            running.wait_until_ready()
+            yield running
+
     @pytest.mark.parametrize("moment", ["headers", "body", "queue", "first byte", "middle"])
     def test_a_cut_connection_frees_its_place_within_a_second_and_is_no_error(self, slow_server, moment):
         speech = raw_speech("This sentence is number 8. " * 9, response_format="pcm")
