@@ -113,7 +113,8 @@ BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a full or closed disk says
+NATIVE_PLACES = 16  # beyond the queue's, for native calls alone: the dubbing worker gives up after 6 s of refusals
 UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
 MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
 NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
@@ -152,6 +153,7 @@ def emotion_sum(value: list[float]) -> list[float]:
 
 
 SPOKEN = BeforeValidator(lambda value: spoken_text(value) if isinstance(value, str) else value)
+RATES = sorted({rate for fmt in FORMATS.values() for rate in fmt.rates})
 SPOKEN_PATTERN = {"pattern": r"\S"}  # what SPOKEN asks, for readers of /openapi.json
 VOICE_OBJECT = {
     "anyOf": [
@@ -191,7 +193,7 @@ class SpeechRequest(JsonRequest):
     stream_format: Literal["audio", "sse"] = "audio"
     instructions: str | None = None
     stream: bool = False
-    sample_rate: int | None = None
+    sample_rate: Annotated[int | None, Field(json_schema_extra={"enum": [*RATES, None]})] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     emotion_vector: EmotionVector | None = None
     emotion_audio: str | None = None
@@ -214,7 +216,7 @@ class NativeRequest(JsonRequest):
 class CloningRequest(JsonRequest):
     """IndexTTS's /tts_url_with_cloning; the paths are what /upload_audio answered."""
 
-    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS), SPOKEN]
+    text: Annotated[str, Field(max_length=MAX_NATIVE_CHARACTERS, json_schema_extra=SPOKEN_PATTERN), SPOKEN]
     spk_audio_path: Annotated[str, Field(min_length=1)]
     emo_audio_path: str | None = None
     emo_alpha: Annotated[float, Field(ge=0, le=1.6)] = 1.0
@@ -448,7 +450,7 @@ class Speech:
 
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
-        with self._admitted(len(order.text)):
+        with self._admitted(len(order.text), NATIVE_PLACES if order.patient else 0):
             self._await_loading(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
@@ -458,10 +460,13 @@ class Speech:
                 yield joined
 
     @contextmanager
-    def _admitted(self, characters: int) -> Iterator[None]:
+    def _admitted(self, characters: int, more: int) -> Iterator[None]:
+        """Hold a place in the queue, or in one of so many more; raise Busy."""
+        places = self.settings.queue_requests + more
+        limit = self.settings.queue_characters + more * MAX_NATIVE_CHARACTERS
         with self._lock:
-            full = self._requests >= self.settings.queue_requests
-            too_much = self._requests and self._characters + characters > self.settings.queue_characters
+            full = self._requests >= places
+            too_much = self._requests and self._characters + characters > limit
             if full or too_much:
                 raise Busy(f"{self._requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
             self._requests += 1
