@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-#
-# Check a running speech server over HTTP, as OpenAI's clients use it: one TAP line per check, and a summary.
-#
-# Usage: test_openai_api.sh [options]
-#
-#   -u, --url URL      the server; default BASE_URL, else http://127.0.0.1:6006
-#   -k, --key KEY      its API key; default API_KEY of the environment, which no list of processes shows
-#   -v, --voice NAME   the voice of most checks; default alloy
-#   -o, --out DIR      where the audio is kept for listening; default: a new folder under /tmp
-#   -q, --quick        the checks that take long are left out
-#   -h, --help         show this help
-#
-# It needs bash, curl and python3. Exit status: 0 all passed; 1 a check failed; 2 usage; 3 no server there.
+
+# In here and not a comment: piped into bash, a script cannot read itself.
+usage() {
+  cat <<'HELP'
+Check a running speech server over HTTP, as OpenAI's clients use it: one TAP line per check, and a summary.
+
+Usage: test_openai_api.sh [options]
+
+  -u, --url URL      the server; default BASE_URL, else http://127.0.0.1:6006
+  -k, --key KEY      its API key; default API_KEY of the environment, which no list of processes shows
+  -v, --voice NAME   the voice of most checks; default alloy
+  -o, --out DIR      where the audio is kept for listening; default: a new folder under /tmp
+  -q, --quick        the checks that take long are left out
+  -h, --help         show this help
+
+It needs bash, curl and python3. Exit status: 0 all passed; 1 a check failed; 2 usage; 3 no server there.
+HELP
+}
 
 set -uo pipefail   # no -e: a check that fails must not hide the later ones
 
@@ -31,7 +36,6 @@ readonly -A CONTENT_TYPES=(
 readonly SPEECH=/v1/audio/speech
 readonly TIMEOUT_S=600
 
-usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; }
 die()   { local status=$1; shift; printf 'ERROR: %s\n' "$*" >&2; exit "$status"; }
 why()   { printf '# %s\n' "$*"; return 1; }
 

@@ -116,10 +116,10 @@ STEPS = (
 
 def at_step(step: str, command: str, folder: Path) -> str:
     """Write what makes bash (by BASH_ENV) run a command once a deploy has come to a step; return its path."""
-    trap, action = folder / f"at {step}", folder / f"action at {step}"
+    trap, action = folder / "at steps", folder / f"at step {step}"
     action.write_text(f'mv "{action}" "{action}.done"\n{command}\n')
     trap.write_text(f"""set -T
-trap '[[ ${{FUNCNAME[0]-}} != {step} || ! -e "{action}" ]] || source "{action}"' DEBUG
+trap '[[ ! -e "{folder}/at step ${{FUNCNAME[0]-}}" ]] || source "{folder}/at step ${{FUNCNAME[0]-}}"' DEBUG
 """)
     return str(trap)
 
@@ -171,6 +171,13 @@ def make_release(folder: Path, fault: str = "", mark: str = "") -> Path:
     return folder
 
 
+def call(commands: str, **environment: str) -> str:
+    """Run commands with the script's functions at hand; return what they print."""
+    script = f"source <(sed '$d' '{REPOSITORY / SCRIPT}'); {commands}"
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True).stdout
+
+
 class Box:
     """A folder and a port to deploy to, with what runs there ended in the end."""
 
@@ -205,11 +212,11 @@ class Box:
         said, _ = running.communicate(timeout=300)
         return running.returncode, said
 
-    def start_older_server(self, *arguments: str) -> None:
+    def start_older_server(self, *arguments: str, program: str = "api_server_v2.py") -> None:
         """Run an older api_server_v2.py here, the way a person would."""
         self.app_dir.mkdir(parents=True, exist_ok=True)
-        (self.app_dir / "api_server_v2.py").write_text(OLDER_SERVER)
-        command = [sys.executable, "api_server_v2.py", "--port", str(self.port), "--model_dir", "checkpoints/a b"]
+        (self.app_dir / program).write_text(OLDER_SERVER)
+        command = [sys.executable, program, "--port", str(self.port), "--model_dir", "checkpoints/a b"]
         environment = {"PATH": os.environ["PATH"], "OLDER_SECRET": "s3cret"}
         self.older = subprocess.Popen(
             [*command, "--gpu_memory_utilization=0.4", "--is_fp16", *arguments], cwd=self.app_dir, env=environment,
@@ -241,11 +248,7 @@ class Box:
 
     def listeners(self) -> list[int]:
         """The processes that listen on the port."""
-        told = subprocess.run(
-            ["bash", "-c", f'source <(sed \'$d\' "{REPOSITORY / SCRIPT}"); PORT={self.port}; port_pids'],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        return [int(pid) for pid in told.stdout.split()]
+        return [int(pid) for pid in call(f"PORT={self.port}; port_pids").split()]
 
     def files(self) -> dict[str, bytes]:
         """Everything in the folder but the logs."""

@@ -185,7 +185,7 @@ case $1 in
   is-active) [[ -s $pid && -d /proc/$(<"$pid") && $(</proc/"$(<"$pid")"/stat) != *") Z "* ]] ;;
   stop) kill -TERM "$(<"$pid")" ;;
   start)
-    while IFS= read -r line; do export "$line"; done <"$(value EnvironmentFile)"
+    set -a; source "$(value EnvironmentFile)"; set +a
     cd "$(value WorkingDirectory)" || exit 1
     command=$(value ExecStart)
     read -r -a words <<<"${{command//'${{PYTHON}}'/$PYTHON}}"
