@@ -681,7 +681,7 @@ take_away() {
 # Keep what DIR will replace, and how the running server was started; set BACKUP to the folder with it.
 backup() {
   local pid staging=$APP_DIR/run/backup
-  rm -rf -- "$staging" && mkdir -p "$staging/run/started" "$APP_DIR/backups" && chmod 700 "$staging"
+  rm -rf -- "$staging" && mkdir -p "$staging" "$APP_DIR/backups" && chmod 700 "$staging"
   exchanged_paths "$1" >"$staging/replaced.txt"
   keep_files "$staging"
   if pid=$(server_pid) && ! is_ours "$pid"; then keep_start "$pid" "$staging"; fi
@@ -718,6 +718,7 @@ keep_start() {
 
 keep_command() {
   local name
+  mkdir -p "$2/run/started"
   for name in cmdline environ; do (umask 077 && cat "/proc/$1/$name" >"$2/run/started/$name"); done
   readlink "/proc/$1/cwd" >"$2/run/started/cwd"
 }
@@ -1039,7 +1040,6 @@ note_start() {
   local pid
   pid=$(server_pid) || return 0
   if is_ours "$pid" || [[ -e $APP_DIR/${STARTED[0]} ]]; then return 0; fi
-  mkdir -p "$APP_DIR/run/started"
   keep_command "$pid" "$APP_DIR"
 }
 

@@ -498,7 +498,8 @@ def test_a_restart_takes_new_settings(served):
 NASTY = {
     "TTS_A": "two  words", "TTS_B": "a key's \"$HOME\" `id` $(id) \\ \\n #1 ; %h", "TTS_C": "中文 语音 ，。",
     "TTS_D": "# none", "TTS_E": "ends in \\", "TTS_F": "  spaces\t ", "TTS_G": "*!~&|<>(){}[]?^", "TTS_H": "'single'",
-    "TTS_I": '"double"', "TTS_J": "-n", "TTS_K": "a=b=c", "TTS_L": "~/models", "TTS_M": "$", "TTS_N": "'", "TTS_O": "a\\\"b\\\\",
+    "TTS_I": '"double"', "TTS_J": "-n", "TTS_K": "a=b=c", "TTS_L": "~/models", "TTS_M": "$",
+    "TTS_N": "'", "TTS_O": "a\\\"b\\\\",
 }  # fmt: skip
 SYSTEMD_READS = """
 import ctypes, sys
