@@ -39,8 +39,9 @@ class Nginx:
         paths = "".join(
             f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        user = "user root;" if os.geteuid() == 0 else ""  # its folders are in one that others may not enter
         (folder / "nginx.conf").write_text(
-            f"{'user root;' if os.geteuid() == 0 else ''}\npid {folder}/pid;\nerror_log {folder}/error.log;\nworker_processes 1;\ndaemon off;\nevents {{}}\n"
+            f"{user}\npid {folder}/pid;\nerror_log {folder}/error.log;\nworker_processes 1;\ndaemon off;\nevents {{}}\n"
             f"http {{\naccess_log off;\n{paths}{example}\n}}\n"
         )
 
