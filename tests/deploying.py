@@ -116,10 +116,10 @@ STEPS = (
 
 def at_step(step: str, command: str, folder: Path) -> str:
     """Write what makes bash (by BASH_ENV) run a command once a deploy has come to a step; return its path."""
-    trap, action = folder / "at steps", folder / f"at step {step}"
+    trap, action = folder / f"at {step}", folder / f"action at {step}"
     action.write_text(f'mv "{action}" "{action}.done"\n{command}\n')
     trap.write_text(f"""set -T
-trap '[[ ! -e "{folder}/at step ${{FUNCNAME[0]-}}" ]] || source "{folder}/at step ${{FUNCNAME[0]-}}"' DEBUG
+trap '[[ ${{FUNCNAME[0]-}} != {step} || ! -e "{action}" ]] || source "{action}"' DEBUG
 """)
     return str(trap)
 

@@ -370,16 +370,20 @@ def test_an_interrupted_restart_says_that_nothing_serves(served, tmp_path):
 
 def test_ctrl_c_twice_gives_the_old_release_back(served, releases, tmp_path):
     before = settled(served)
-    traps = [at_step(step, "kill -INT 0", tmp_path) for step in ("wait_healthy", "put_back")][0]
-    command, environment = ["bash", str(releases["b"] / SCRIPT)], served.environment | {"BASH_ENV": traps}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
-    assert done.returncode == ROLLED_BACK, done.stdout + done.stderr
-    assert "the previous release is being put back; wait" in done.stdout
+    environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
+    running = subprocess.Popen(
+        ["bash", str(releases["b"] / SCRIPT)], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert any("putting back" in line for line in running.stdout)
+    os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
+    said = running.communicate(timeout=120)[0]
+    assert running.returncode == ROLLED_BACK, said
+    assert "the previous release is being put back; wait" in said
     assert (served.release(), settled(served)) == (served.first, before)
 
 
 def test_a_file_that_cannot_be_put_back_is_told(served, releases, tmp_path):
-    block = at_step("put_back", 'mkdir -p "$APP_DIR/access.py.new/access.py"', tmp_path)
+    block = at_step("verify", 'mkdir -p "$APP_DIR/access.py.new/access.py"', tmp_path)
     status, said = served.run(source=releases["silence"], BASH_ENV=block)
     assert status == DOWN and "nothing is known to serve" in said
     (served.app_dir / "access.py.new/access.py").rmdir()
