@@ -370,10 +370,9 @@ def test_an_interrupted_restart_says_that_nothing_serves(served, tmp_path):
 
 def test_ctrl_c_twice_gives_the_old_release_back(served, releases, tmp_path):
     before = settled(served)
+    command = ["bash", str(releases["b"] / SCRIPT)]
     environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
-    running = subprocess.Popen(
-        ["bash", str(releases["b"] / SCRIPT)], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert any("putting back" in line for line in running.stdout)
     os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
     said = running.communicate(timeout=120)[0]
