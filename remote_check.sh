@@ -43,19 +43,19 @@ report() {
   ((JSON)) || printf '  %-5s %-16s %s\n' "$1" "$2" "$value"
 }
 
-# Replace what looks like a secret, and the secrets of server.env wherever they turn up.
+# Replace what looks like a secret, and the secrets of server.env wherever they turn up; drop bytes that are no UTF-8.
 redacted() {
   local text=$1 secret
   for secret in "${SECRET_VALUES[@]}"; do text=${text//"$secret"/***}; done
-  sed -E -e 's/((key|token|secret|password)s?["'\'']?[=: ]+["'\'']?)[^ ,"'\'']+/\1***/Ig' -e 's,//[^/@ ]+@,//***@,g' -e 's/(Bearer +)[^ ]+/\1***/Ig' \
-    -e 's/sk-[A-Za-z0-9_-]{8,}/***/g' <<<"$text"
+  sed -E -e 's/((key|token|secret|password)s?["'\'']?[=: ]+["'\'']?)[^ ,"'\'']+/\1***/Ig' -e 's/(Bearer +)[^ ]+/\1***/Ig' \
+    -e 's/sk-[A-Za-z0-9_-]{8,}/***/g' -e 's,//[^/@ ]+@,//***@,g' <<<"$text" | iconv -c -f UTF-8 -t UTF-8
 }
 
-# A JSON string; a log may hold bytes that are no UTF-8.
+# A JSON string.
 quoted() {
   local text=${1//\\/\\\\}
   text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\t'/\\t}
-  printf '"%s"' "$(tr -d '\000-\037' <<<"$text" | iconv -c -f UTF-8 -t UTF-8)"
+  printf '"%s"' "$(tr -d '\000-\037' <<<"$text")"
 }
 
 # === Settings ===
