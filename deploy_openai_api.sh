@@ -488,10 +488,11 @@ check_import() {
 }
 
 # Build the app from a folder, without loading an engine: its settings, its voices and the engine it chooses.
+# It is built in APP_DIR, where it will serve: settings may name files there.
 built_from() {
-  cd "$1" || return 1
-  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1
-  timeout 120 "$PYTHON" -c '
+  cd "$APP_DIR" 2>/dev/null || cd "$1" || return 1
+  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
+  timeout 120 "$PYTHON" -P -c '
 import app
 speech = app.create_app().extensions["speech"]
 print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")'
@@ -868,7 +869,7 @@ answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
 verify() {
   local told left=$((DEADLINE - SECONDS))
   ((left > VERIFY_TIMEOUT_S)) || left=$VERIFY_TIMEOUT_S
-  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$(base_url)" "$left" 2>&1 <<'PYTHON'
+  told=$(KEYS=${TTS_API_KEYS:-} KEYS_FILE=${TTS_API_KEYS_FILE:-} APP_DIR=$APP_DIR "$PYTHON" - "$(base_url)" "$left" 2>&1 <<'PYTHON'
 import array
 import io
 import json
@@ -883,9 +884,16 @@ url, timeout_s = sys.argv[1], int(sys.argv[2])
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
+def key():
+    keys = os.environ["KEYS"].split(",")
+    if file := os.environ["KEYS_FILE"]:
+        with open(os.path.join(os.environ["APP_DIR"], file), encoding="utf-8") as lines:
+            keys += [line.partition("#")[0] for line in lines]
+    return next((key.strip() for key in keys if key.strip()), "")
+
+
 def ask(path, body=None):
-    key = os.environ["SPEECH_KEY"].split(",")[0].strip()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key()}"}
     with open_url(urllib.request.Request(url + path, body, headers), timeout=timeout_s) as answer:
         return answer.read()
 

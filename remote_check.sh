@@ -99,7 +99,13 @@ load_secrets() {
   while IFS= read -r line; do
     IFS=, read -r -a values <<<"${line#*=}"
     for value in "${values[@]}"; do if [[ ${#value} -ge 3 ]]; then SECRET_VALUES+=("$value"); fi; done
-  done < <({ installed; env; } | grep -E "$SECRETS")
+  done < <({ installed; env; keys_of_file; } | grep -E "$SECRETS")
+}
+
+# The keys of TTS_API_KEYS_FILE, one KEY=VALUE a line.
+keys_of_file() {
+  local file; file=$(setting TTS_API_KEYS_FILE)
+  cd "$APP_DIR" 2>/dev/null && [[ $file ]] && sed 's/#.*//; s/^[ \t]*/KEY=/; s/[ \t]*$//' "$file" 2>/dev/null
 }
 
 # === Processes ===
@@ -197,7 +203,7 @@ check_settings() {
   for name in PYTHON HOST PORT UNIT TTS_ENGINE TTS_MODEL TTS_MODEL_DIR TTS_GPU_MEMORY_UTILIZATION; do
     if [[ $(setting "$name") ]]; then line+="$name=$(setting "$name") "; fi
   done
-  pass settings "$line$(if [[ $(setting TTS_API_KEYS) ]]; then echo "(asks for keys)"; else echo "(open to all)"; fi)"
+  pass settings "$line$(if [[ $(setting 'TTS_API_KEYS\(_FILE\)\?') ]]; then echo "(asks for keys)"; else echo "(open to all)"; fi)"
 }
 
 check_gpu() {

@@ -54,7 +54,8 @@ class App:
         return [body]
 
     def answer(self, path, environ):
-        key = os.environ.get("TTS_API_KEYS")
+        file = os.environ.get("TTS_API_KEYS_FILE")
+        key = Path(file).read_text().split()[-1] if file else os.environ.get("TTS_API_KEYS")
         if path == "/health":
             state = {{"loading": "loading", "unhealthy": "unhealthy"}}.get(FAULT, "healthy")
             told = json.dumps({{"status": state, "message": "a stand-in", "release": RELEASE}}, separators=(",", ":"))

@@ -484,6 +484,22 @@ def test_settings_are_remembered(box, releases):
     assert "a-key" not in said + (box.app_dir / "logs/deploy.log").read_text()
 
 
+def test_keys_that_lie_in_a_file_of_the_folder_are_used(box, releases):
+    box.app_dir.mkdir()
+    (box.app_dir / "keys.txt").write_text("# whose\n a-key\n")
+    status, said = box.run(source=releases["a"], TTS_API_KEYS_FILE="keys.txt")
+    assert status == DONE and box.get("/anything") == "{}", said  # it has spoken with the key, and refuses without
+
+
+def test_settings_may_name_files_of_the_folder(box):
+    box.app_dir.mkdir()
+    (box.app_dir / "own.json").write_bytes((REPOSITORY / "voices.json").read_bytes())
+    (box.app_dir / "app.py").write_text("an older one")
+    assert box.run("--dry-run", TTS_VOICES_FILE="own.json")[0] == DONE
+    status, said = box.run("--dry-run", TTS_VOICES_FILE="other.json")
+    assert status == UNCHANGED and "other.json" in said
+
+
 def test_the_settings_of_a_release_that_failed_do_not_stay(box, releases):
     assert box.run(source=releases["a"], TTS_API_KEYS="first")[0] == DONE
     first, settings = box.release(), (box.app_dir / "server.env").read_text()

@@ -69,6 +69,16 @@ def test_it_prints_no_secrets(box):
     assert KEY not in done.stdout and "sk-0123" not in done.stdout
 
 
+def test_keys_of_a_file_are_told_and_not_printed(tmp_path):
+    with Box(tmp_path / "box") as box:
+        (box.app_dir / "logs").mkdir(parents=True)
+        (box.app_dir / "keys.txt").write_text("# whose\n Key.Of.A.File # of Ann\n")
+        (box.app_dir / "server.env").write_text("TTS_API_KEYS_FILE=keys.txt\n")
+        (box.app_dir / "logs/server.log").write_text("ERROR for Key.Of.A.File\n")
+        found = check(box)[1]
+    assert "asks for keys" in found["settings"][0][1] and found["log"] == [("note", "ERROR for ***")]
+
+
 def test_a_log_in_any_encoding_is_json(box):
     with (box.app_dir / "logs/server.log").open("ab") as log:
         log.write(b"ERROR " + "第一句".encode() * 60 + b"\n" + b"ERROR \xff\xfe\x80 bytes\n")
