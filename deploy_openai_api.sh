@@ -438,7 +438,8 @@ check_release() {
 
 check_folder() {
   local need free place=$APP_DIR
-  until [[ -d $place ]]; do place=$(dirname -- "$place"); done
+  until [[ -e $place ]]; do place=$(dirname -- "$place"); done
+  [[ -d $place ]] || { fail "$place is no folder"; return 0; }
   [[ -w $place ]] || fail "$place cannot be written to"
   need=$(du -sk -- "${RELEASE_FILES[@]/#/$SOURCE/}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
@@ -929,9 +930,9 @@ PYTHON
 
 # Print a script that carries these files of SOURCE and runs this one. It is one subshell: half of it runs nothing.
 packed() {
-  local archive; archive=$(mktemp)
-  (cd "$SOURCE" && tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c "$@" | gzip -9n) >"$archive"
-  cat <<END
+  local archive; archive=$(mktemp) || return 1
+  (cd "$SOURCE" && tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c "$@" | gzip -9n) >"$archive" || { rm -f "$archive"; return 1; }
+  cat <<END || { rm -f "$archive"; return 1; }
 #!/usr/bin/env bash
 # The speech server, release $(manifest "$SOURCE" | release_id), and its deploy script in one file, made by
 # deploy_openai_api.sh pack.   Run it: bash deploy_openai.sh --help, or ssh HOST bash -s < deploy_openai.sh
@@ -969,7 +970,8 @@ do_pack() {
   check_release
   ((FAILURES == 0)) || die "$EXIT_USAGE" "nothing was written"
   mapfile -t paths < <(release_paths "$SOURCE")
-  packed "${paths[@]}" >"$OUTPUT.new" && mv -f -- "$OUTPUT.new" "$OUTPUT"
+  { packed "${paths[@]}" >"$OUTPUT.new" && mv -f -- "$OUTPUT.new" "$OUTPUT"; } 2>/dev/null ||
+    { rm -f -- "$OUTPUT.new"; die "$EXIT_UNCHANGED" "$OUTPUT cannot be written"; }
   log "wrote $OUTPUT, $(du -h -- "$OUTPUT" | cut -f1): ssh HOST bash -s < $OUTPUT"
 }
 
@@ -991,6 +993,7 @@ over_ssh() {
 # === Actions ===
 
 acquire_lock() {
+  [[ $ACTION == deploy || -d $APP_DIR ]] || die "$EXIT_UNCHANGED" "there is no folder $APP_DIR; nothing was changed"
   mkdir -p -- "$APP_DIR" 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be made"
   exec 9<"$APP_DIR"
   flock -n 9 || die "$EXIT_UNCHANGED" "another deploy is at work in $APP_DIR; nothing was changed"
@@ -1096,14 +1099,15 @@ parse_arguments() {
   ACTION='' TIMESTAMP='' DRY_RUN=0 OUTPUT=deploy_openai.sh SSH_HOST='' SSH_PORT='' REMOTE_ARGUMENTS=''
   SOURCE=$(cd -- "$(dirname -- "$0")" && pwd -P)
   while (($#)); do
+    if [[ $1 =~ ^(-s|--source|-o|--output|--ssh|-p|--ssh-port)$ && ! ${2:-} ]]; then wrong "$1, with no value"; fi
     case $1 in
       deploy|rollback|restart|stop|start|status|backups|pack) [[ ! $ACTION ]] || wrong "$1"; ACTION=$1 ;;
       [0-9]*T[0-9]*) [[ $ACTION == rollback ]] || wrong "$1"; TIMESTAMP=$1 ;;
       -n|--dry-run) DRY_RUN=1 REMOTE_ARGUMENTS=--dry-run ;;
-      -s|--source) SOURCE=$(cd -- "${2:?--source needs a folder}" && pwd -P); shift ;;
-      -o|--output) OUTPUT=${2:?--output needs a file}; shift ;;
-      --ssh) SSH_HOST=${2:?--ssh needs user@host}; shift ;;
-      -p|--ssh-port) SSH_PORT=${2:?--ssh-port needs a number}; shift ;;
+      -s|--source) SOURCE=$(cd -- "$2" 2>/dev/null && pwd -P) || wrong "$1 $2, which is no folder"; shift ;;
+      -o|--output) OUTPUT=$2; shift ;;
+      --ssh) SSH_HOST=$2; shift ;;
+      -p|--ssh-port) SSH_PORT=$2; shift ;;
       -h|--help) usage; exit 0 ;;
       *) wrong "$1" ;;
     esac
@@ -1113,7 +1117,7 @@ parse_arguments() {
   ((!DRY_RUN)) || [[ $ACTION == deploy ]] || wrong "--dry-run with $ACTION"
 }
 
-wrong() { usage >&2; die "$EXIT_USAGE" "unknown argument: $1"; }
+wrong() { usage >&2; die "$EXIT_USAGE" "not understood: $1"; }
 
 main() {
   parse_arguments "$@"

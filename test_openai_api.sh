@@ -389,11 +389,12 @@ run_checks() {
 
 parse_arguments() {
   while (($#)); do
+    if [[ $1 =~ ^(-[ukvo]|--(url|key|voice|out))$ && ! ${2:-} ]]; then die "$EXIT_USAGE" "$1 needs a value"; fi
     case $1 in
-      -u|--url) BASE_URL=${2:?--url needs a value}; shift ;;
-      -k|--key) KEY=${2:?--key needs a value}; shift ;;
-      -v|--voice) VOICE=${2:?--voice needs a value}; shift ;;
-      -o|--out) OUT=${2:?--out needs a folder}; shift ;;
+      -u|--url) BASE_URL=$2; shift ;;
+      -k|--key) KEY=$2; shift ;;
+      -v|--voice) VOICE=$2; shift ;;
+      -o|--out) OUT=$2; shift ;;
       -q|--quick) QUICK=1 ;;
       -h|--help) usage; exit 0 ;;
       *) usage >&2; die "$EXIT_USAGE" "unknown argument: $1" ;;

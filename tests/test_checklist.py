@@ -180,6 +180,7 @@ def test_no_server_is_told(tmp_path):
     assert status == 3 and "no server at" in said
 
 
-def test_an_unknown_argument_is_refused():
-    status, _, said = run("--fast")
-    assert status == 2 and "--fast" in said
+@pytest.mark.parametrize("argument", ["--fast", "--url", "-o"])
+def test_an_argument_that_is_not_understood_is_refused(argument):
+    status, _, said = run(argument)
+    assert status == 2 and argument in said

@@ -614,6 +614,41 @@ def test_an_unknown_argument_is_refused(box):
     assert status == USAGE and "redeploy" in said
 
 
+@pytest.mark.parametrize("option", ["--source", "-o", "--ssh", "-p"])
+def test_an_option_without_its_value_is_refused(box, option):
+    status, said = box.run(option)
+    assert status == USAGE and option in said
+
+
+def test_a_source_that_is_no_folder_is_refused(box):
+    status, said = box.run("--source", "/no/where")
+    assert status == USAGE and "/no/where" in said
+
+
+def test_a_folder_that_is_a_file_is_told(box, releases):
+    box.app_dir.write_text("a file")
+    status, said = box.run("--dry-run", source=releases["a"])
+    assert status == UNCHANGED and "is no folder" in said
+
+
+@pytest.mark.parametrize("action", ["rollback", "restart", "start", "stop"])
+def test_nothing_but_a_deploy_makes_the_folder(box, action):
+    status, said = box.run(action)
+    assert (status, box.app_dir.exists()) == (UNCHANGED, False)
+    assert "there is no folder" in said
+
+
+def test_a_pack_that_cannot_be_written_is_told(releases, tmp_path):
+    command = ["bash", str(releases["a"] / SCRIPT), "pack", "-o"]
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    for place in (tmp_path / "no/where", full):
+        (tmp_path / "full.new").unlink(missing_ok=True)
+        (tmp_path / "full.new").symlink_to("/dev/full")
+        done = subprocess.run([*command, str(place)], capture_output=True, text=True)
+        assert done.returncode == UNCHANGED and "cannot be written" in done.stderr
+
+
 def test_status_tells_running_from_stopped(served):
     assert served.run("status")[0] == DONE
     assert served.run("stop")[0] == DONE
