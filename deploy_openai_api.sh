@@ -348,7 +348,8 @@ unit_is_active() { [[ $UNIT ]] && systemctl is-active --quiet "$UNIT"; }
 start_server() {
   rotate_logs
   if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT" 9<&-; return 0; fi
-  if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
+  { trap - INT TERM; if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi; } \
+    >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
   echo "$! $(born $!)" >"$PIDFILE"
   log "started process $!"
 }
@@ -766,7 +767,7 @@ start_checked() {
 }
 
 put_back() {
-  log "putting back $SWITCHING"
+  log "putting back $SWITCHING; this cannot be interrupted"
   rm -rf -- "$STAGED"  # which makes room on a full disk
   stop_server "$FAILED_STOP_S"
   install_from "$SWITCHING" "$SWITCHING" || return 1
@@ -780,7 +781,7 @@ put_back() {
 on_exit() {
   local status=$?
   trap - EXIT
-  trap 'log "the previous release is being put back; wait"' INT TERM
+  trap '' INT TERM  # and not a handler, or they would end the commands that this runs
   if [[ $SWITCHING ]]; then
     tail -n 20 "$SERVER_LOG" 2>/dev/null | sed 's/^/  | /' >&2 || true
     if put_back; then status=$EXIT_ROLLED_BACK; note "ERROR: that failed; $SWITCHING is serving again" >&2

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,8 @@ def test_a_failed_first_deploy_gives_the_older_server_back(older, releases):
     status, said = older.run(source=releases["silence"])
     assert status == ROLLED_BACK, said
     assert older.get("/") == older.greeting
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{older.listeners()[0]}/status").read_text())[1], 16)
+    assert not ignored & 1 << signal.SIGTERM - 1  # it can be ended as before
 
 
 def test_rollback_reaches_every_backup(older, releases):
@@ -368,16 +371,16 @@ def test_an_interrupted_restart_says_that_nothing_serves(served, tmp_path):
     assert served.run("start")[0] == DONE and served.release() == served.first
 
 
-def test_ctrl_c_twice_gives_the_old_release_back(served, releases, tmp_path):
+def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp_path):
     before = settled(served)
     command = ["bash", str(releases["b"] / SCRIPT)]
     environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert any("putting back" in line for line in running.stdout)
-    os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
-    said = running.communicate(timeout=120)[0]
-    assert running.returncode == ROLLED_BACK, said
-    assert "the previous release is being put back; wait" in said
+    while running.poll() is None:
+        os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
+        time.sleep(0.02)
+    assert running.returncode == ROLLED_BACK, running.stdout.read()
     assert (served.release(), settled(served)) == (served.first, before)
 
 
