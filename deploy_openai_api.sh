@@ -1,41 +1,50 @@
 #!/usr/bin/env bash
-#
-# Put this release of the speech server into service: back up, install, restart, verify; or go back.
-#
-# Usage: deploy_openai_api.sh [ACTION] [options]
-#
-#   deploy                  put the release beside this script into service (the default action)
-#   rollback [TIMESTAMP]    put a backup back into service, the newest by default; a second rollback undoes the first
-#   restart, stop, start    the server as it is installed
-#   status                  what is running
-#   backups                 list the backups
-#   pack                    write deploy_openai.sh, everything in one file: ssh HOST bash -s < deploy_openai.sh
-#
-#   -n, --dry-run           with deploy: the preflight checks only; change nothing
-#   -s, --source DIR        the folder of the new release
-#   -o, --output FILE       where pack writes
-#       --ssh USER@HOST     do it on that machine; the settings given here go along
-#   -p, --ssh-port PORT     sshd's port there
-#   -h, --help              show this help
-#
-# Settings, from the environment. Those with a * are remembered in APP_DIR/server.env, which the server gets too,
-# together with TTS_*, CUDA_*, HF_*, VLLM_* and LD_LIBRARY_PATH; give one again, or empty, to change it:
-#
-#   APP_DIR            where the server lives; default /root/index-tts-vllm if it exists
-#   PYTHON *           its interpreter; default: the running server's, else APP_DIR/.venv, else python3
-#   HOST *             0.0.0.0, the address to listen on
-#   PORT *             6006
-#   UNIT *             a systemd unit that runs the server; default: none, nohup and setsid are used
-#   HEALTH_TIMEOUT_S   300, for a server to load and to speak
-#   STOP_TIMEOUT_S     30, for running requests to finish before the server is killed
-#   KEEP_BACKUPS       5; the very first one is always kept
-#   REQUIREMENTS       the packages; default: requirements-gpu.txt for an engine on a GPU, else requirements.txt
-#   SSH_COMMAND        ssh; for instance "ssh -i KEYFILE"
-#
-# Once begun, it goes on when the connection breaks; Ctrl-C puts the previous release back.
-#
-# Exit status: 0 done; 1 status: not healthy; 2 usage; 3 nothing was changed; 4 the new release failed, the previous
-#              one is serving; 5 nothing is serving. APP_DIR/logs/deploy.log keeps what was said.
+
+# In here and not a comment: piped into bash, a script cannot read itself.
+usage() {
+  cat <<'HELP'
+Put this release of the speech server into service: back up, install, restart, verify; or go back.
+
+Usage: deploy_openai_api.sh [ACTION] [options]
+
+  deploy                  put the release beside this script into service (the default action)
+  rollback [TIMESTAMP]    put a backup back into service, the newest by default; a second rollback undoes the first
+  restart, stop, start    the server as it is installed
+  status                  what is running
+  backups                 list the backups
+  pack                    write deploy_openai.sh, everything in one file: ssh HOST bash -s < deploy_openai.sh
+
+  -n, --dry-run           with deploy: the preflight checks only; change nothing
+  -s, --source DIR        the folder of the new release
+  -o, --output FILE       where pack writes
+      --ssh USER@HOST     do it on that machine; settings given here go along, with paths of that machine
+  -p, --ssh-port PORT     sshd's port there
+  -h, --help              show this help
+
+Settings, from the environment. Those with a * are remembered in APP_DIR/server.env, which the server gets too,
+together with TTS_*, CUDA_*, HF_*, VLLM_* and LD_LIBRARY_PATH; give one again, or empty, to change it:
+
+  APP_DIR            where the server lives; default /root/index-tts-vllm if it exists
+  PYTHON *           its interpreter; default: the running server's, else APP_DIR/.venv, else python3
+  HOST *             0.0.0.0, the address to listen on
+  PORT *             6006
+  UNIT *             a systemd unit that runs the server; default: none, nohup and setsid are used
+  HEALTH_TIMEOUT_S   300, for a server to load and to speak
+  STOP_TIMEOUT_S     30, for running requests to finish before the server is killed
+  KEEP_BACKUPS       5; the very first one is always kept
+  REQUIREMENTS       the packages; default: requirements-gpu.txt for an engine on a GPU, else requirements.txt
+  SSH_COMMAND        ssh; for instance "ssh -i KEYFILE"
+
+With --ssh go along: all of these, TTS_*, CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER, HF_HOME, HF_ENDPOINT, HF_HUB_* and
+VLLM_*. What tells of this machine or is its user's own stays here: LD_LIBRARY_PATH, CUDA_HOME, HF_TOKEN ...
+
+Once begun, it goes on when the connection breaks, so also at Ctrl-C with --ssh; else Ctrl-C puts the previous
+release back.
+
+Exit status: 0 done; 1 status: not healthy; 2 usage; 3 nothing was changed; 4 the new release failed, the previous
+             one is serving; 5 nothing is serving. APP_DIR/logs/deploy.log keeps what was said.
+HELP
+}
 
 set -euo pipefail
 
@@ -58,6 +67,8 @@ readonly NOT_REPLACED='^(examples/|requirements|[^/]*\.sh$)'
 readonly OWN_SETTINGS='APP_DIR|HEALTH_TIMEOUT_S|STOP_TIMEOUT_S|KEEP_BACKUPS|REQUIREMENTS'
 readonly ENGINE_SETTINGS='CUDA_[A-Z0-9_]+|HF_[A-Z0-9_]+|VLLM_[A-Z0-9_]+|LD_LIBRARY_PATH'
 readonly REMEMBERED="PYTHON|HOST|PORT|UNIT|TTS_[A-Z0-9_]+|$ENGINE_SETTINGS"
+readonly ENGINE_SENT='CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|HF_HOME|HF_ENDPOINT|HF_HUB_[A-Z0-9_]+|VLLM_[A-Z0-9_]+'
+readonly SENT="PYTHON|HOST|PORT|UNIT|TTS_[A-Z0-9_]+|$ENGINE_SENT|$OWN_SETTINGS"  # with --ssh
 readonly -A OLDER_OPTIONS=(
   ["--host"]=HOST ["--model_dir"]=TTS_MODEL_DIR ["--is_fp16"]=TTS_FP16
   ["--gpu_memory_utilization"]=TTS_GPU_MEMORY_UTILIZATION
@@ -73,13 +84,13 @@ readonly PUT_BACK_TIMEOUT_S=300  # patience with the previous one: there is noth
 readonly VERIFY_TIMEOUT_S=10   # for the first words, where HEALTH_TIMEOUT_S is all but over
 
 SWITCHING=''  # the backup to put back, while a release is being exchanged
+STOPPED=''    # a server was told to end, and none serves in its place yet
 FAILURES=0
 
 # Mind `return` without a number: inside on_exit it gives the status from before the exit, whatever the function did.
 
 # === Words ===
 
-usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; }
 die()   { local status=$1; shift; note "ERROR: $*" >&2; exit "$status"; }
 log()   { note "$(date +%H:%M:%S) $*"; }
 
@@ -121,6 +132,7 @@ load_config() {
   HEALTH_TIMEOUT_S=${HEALTH_TIMEOUT_S:-300} STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-30} KEEP_BACKUPS=${KEEP_BACKUPS:-5}
   check_numbers PORT HEALTH_TIMEOUT_S STOP_TIMEOUT_S KEEP_BACKUPS
   load_environment
+  check_lines
 }
 
 check_numbers() {
@@ -129,6 +141,14 @@ check_numbers() {
     [[ ${!name} =~ ^[1-9][0-9]{0,5}$ ]] || die "$EXIT_USAGE" "$name must be a whole number from 1 on, not '${!name}'"
   done
   ((PORT < 65536)) || die "$EXIT_USAGE" "PORT must be below 65536, not $PORT"
+}
+
+# server.env has a line for each.
+check_lines() {
+  local name
+  for name in $(compgen -e | grep -xE "$REMEMBERED"); do
+    [[ ${!name} != *$'\n'* ]] || die "$EXIT_USAGE" "$name must be one line"
+  done
 }
 
 # Where to reach a server that listens on HOST.
@@ -150,7 +170,18 @@ take_settings() {
 }
 
 take_installed_settings() {
-  if [[ -f $APP_DIR/server.env ]]; then take_settings "$REMEMBERED" <"$APP_DIR/server.env"; fi
+  if [[ -f $APP_DIR/server.env ]]; then take_settings "$REMEMBERED" < <(unquoted <"$APP_DIR/server.env"); fi
+}
+
+# A value as bash and systemd read it alike: plain, or in double quotes.
+quoted() {
+  if [[ $1 =~ ^[A-Za-z0-9_./:,@%+=-]+$ ]]; then printf '%s\n' "$1"; else LC_ALL=C sed 's/[\\"$`]/\\&/g; s/.*/"&"/' <<<"$1"; fi
+}
+
+# The lines of a server.env, one NAME=VALUE each, without quotes and backslashes; it may have been edited by hand.
+unquoted() {
+  LC_ALL=C sed -E -e 's/[ \t\r]*$//' -e "/^[A-Z0-9_]+='/{s/='/=/; s/'\$//; b}" \
+    -e '/^[A-Z0-9_]+="/{s/="/=/; s/"$//; s/\\([\\"$`])/\1/g; b}' -e 's/\\(.)/\1/g'
 }
 
 # Use what is installed, and nothing else: the settings of a release that failed must not reach the previous one.
@@ -212,7 +243,7 @@ interpreter_of() {
 settings() {
   local name
   for name in $(compgen -e | grep -xE "$1" | sort); do
-    if [[ ${!name} ]]; then printf '%s=%s\n' "$name" "${!name}"; fi
+    if [[ ${!name} ]]; then printf '%s=%s\n' "$name" "$(quoted "${!name}")"; fi
   done
 }
 
@@ -237,19 +268,40 @@ born()         { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; } 
 command_of()   { tr '\0' ' ' <"/proc/$1/cmdline" 2>/dev/null || true; }
 shown()        { command_of "$1" | sed -E 's/((key|token|secret|password)[= ])[^ ]+/\1***/Ig'; }
 is_ours()      { [[ $(command_of "$1") == *gunicorn*app:create_app* ]]; }
-runs_here()    { [[ $(readlink "/proc/$1/cwd") == "$APP_DIR" || " $(command_of "$1")" == *" $APP_DIR/"* ]]; }
+runs_here()    { [[ $(readlink "/proc/$1/cwd") == "$APP_DIR" || $(program_of "$1") == *$'\n'"$APP_DIR/"* ]]; }
 
+# The interpreter and the script of a process, each after a line's end.
+program_of() {
+  local words word
+  mapfile -d '' -t words 2>/dev/null <"/proc/$1/cmdline" || return 0
+  for word in "${words[@]:1}"; do
+    [[ $word == -* ]] || break
+  done
+  printf '\n%s' "${words[0]:-}" "${word:-}"
+}
+
+# Whether these processes, each "PID BORN", have ended; their numbers may belong to others by now.
 all_gone() {
-  local pid
-  for pid in "$@"; do
-    [[ $(status_field "$pid" State) == [ZX]* || ! -d /proc/$pid ]] || return 1
+  local process
+  for process in "$@"; do
+    if is_running "${process% *}" "${process#* }"; then return 1; fi
+  done
+}
+
+is_running() { [[ $2 && $2 == "$(born "$1")" && $(status_field "$1" State) != [ZX]* ]]; }
+
+# Kill those of these processes, each "PID BORN", that are still there.
+kill_left() {
+  local process
+  for process in "$@"; do
+    if is_running "${process% *}" "${process#* }"; then kill -KILL "${process% *}" 2>/dev/null || true; fi
   done
 }
 
 # The server of this folder: the process of the pid file, else the one that listens on PORT and runs from here.
 server_pid() {
   local pid ticks parent
-  if read -r pid ticks 2>/dev/null <"$PIDFILE" && [[ $ticks == "$(born "$pid")" ]] && ! all_gone "$pid"; then
+  if read -r pid ticks 2>/dev/null <"$PIDFILE" && is_running "$pid" "$ticks"; then
     echo "$pid"
     return 0
   fi
@@ -263,14 +315,14 @@ server_pid() {
   return 1
 }
 
-# A process, its descendants, and its process group where it leads one.
+# A process, its descendants, and its process group where it leads one, each as "PID BORN".
 family() {
   cat /proc/[0-9]*/stat 2>/dev/null | sed 's/ (.*) / - /' | awk -v root="$1" '
-    { parent[$1] = $4; group[$1] = $5 }
+    { parent[$1] = $4; group[$1] = $5; born[$1] = $22 }
     END {
       for (pid in parent) {
         for (up = pid; up > 1 && up != root; up = parent[up]);
-        if (up == root || group[pid] == root) print pid
+        if (up == root || group[pid] == root) print pid, born[pid]
       }
     }'
 }
@@ -278,13 +330,14 @@ family() {
 # Let running requests finish, then end the server and whatever is left of it: an engine process that outlives
 # its server keeps the GPU's memory.
 stop_server() {
-  local patience=${1:-$STOP_TIMEOUT_S} pid members
+  local patience=${1:-$STOP_TIMEOUT_S} pid server members
   pid=$(server_pid) || return 0
+  server="$pid $(born "$pid")" STOPPED=1
   mapfile -t members < <(family "$pid")
   log "stopping process $pid; running requests have $patience s"
   if unit_is_active; then systemctl stop --no-block "$UNIT"; else kill -TERM "$pid" 2>/dev/null || true; fi
-  wait_until "$patience" all_gone "$pid" || log "still there after $patience s: killing it"
-  all_gone "${members[@]}" || kill -KILL "${members[@]}" 2>/dev/null || true
+  wait_until "$patience" all_gone "$server" || log "still there after $patience s: killing it"
+  kill_left "${members[@]}"
   wait_until 10 all_gone "${members[@]}" || die "$EXIT_DOWN" "process $pid cannot be killed"
   rm -f "$PIDFILE"
 }
@@ -296,7 +349,8 @@ unit_is_active() { [[ $UNIT ]] && systemctl is-active --quiet "$UNIT"; }
 start_server() {
   rotate_logs
   if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT" 9<&-; return 0; fi
-  if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
+  { trap - INT TERM; if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi; } \
+    >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
   echo "$! $(born $!)" >"$PIDFILE"
   log "started process $!"
 }
@@ -386,7 +440,8 @@ check_release() {
 
 check_folder() {
   local need free place=$APP_DIR
-  until [[ -d $place ]]; do place=$(dirname -- "$place"); done
+  until [[ -e $place ]]; do place=$(dirname -- "$place"); done
+  [[ -d $place ]] || { fail "$place is no folder"; return 0; }
   [[ -w $place ]] || fail "$place cannot be written to"
   need=$(du -sk -- "${RELEASE_FILES[@]/#/$SOURCE/}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
@@ -436,10 +491,11 @@ check_import() {
 }
 
 # Build the app from a folder, without loading an engine: its settings, its voices and the engine it chooses.
+# It is built in APP_DIR, where it will serve: settings may name files there.
 built_from() {
-  cd "$1" || return 1
-  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1
-  timeout 120 "$PYTHON" -c '
+  cd "$APP_DIR" 2>/dev/null || cd "$1" || return 1
+  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
+  timeout 120 "$PYTHON" -P -c '
 import app
 speech = app.create_app().extensions["speech"]
 print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")'
@@ -615,14 +671,21 @@ put() {
 install_from() {
   local path
   while IFS= read -r path; do
-    if [[ -e $1/$path ]]; then put "$1/$path" "$APP_DIR/$path"; else rm -f -- "$APP_DIR/$path"; fi
+    if [[ -e $1/$path ]]; then put "$1/$path" "$APP_DIR/$path" || return 1; else take_away "$path"; fi
   done <"$2/replaced.txt"
+}
+
+# Remove a file of APP_DIR, and the folders that are empty without it.
+take_away() {
+  [[ -e $APP_DIR/$1 ]] || return 0
+  rm -f -- "$APP_DIR/$1"
+  if [[ $1 == */* ]]; then (cd "$APP_DIR" && rmdir -p --ignore-fail-on-non-empty -- "${1%/*}"); fi
 }
 
 # Keep what DIR will replace, and how the running server was started; set BACKUP to the folder with it.
 backup() {
   local pid staging=$APP_DIR/run/backup
-  rm -rf -- "$staging" && mkdir -p "$staging/run/started" "$APP_DIR/backups" && chmod 700 "$staging"
+  rm -rf -- "$staging" && mkdir -p "$staging" "$APP_DIR/backups" && chmod 700 "$staging"
   exchanged_paths "$1" >"$staging/replaced.txt"
   keep_files "$staging"
   if pid=$(server_pid) && ! is_ours "$pid"; then keep_start "$pid" "$staging"; fi
@@ -659,6 +722,7 @@ keep_start() {
 
 keep_command() {
   local name
+  mkdir -p "$2/run/started"
   for name in cmdline environ; do (umask 077 && cat "/proc/$1/$name" >"$2/run/started/$name"); done
   readlink "/proc/$1/cwd" >"$2/run/started/cwd"
 }
@@ -688,6 +752,7 @@ switch_to() {
   await_gpu_memory
   install_from "$1" "$BACKUP"
   start_checked "$1" || exit "$EXIT_DOWN"
+  trap '' INT TERM  # it serves; what is left is tidying up
   SWITCHING=''
   rm -f "$UNFINISHED" "$SWITCHED"
 }
@@ -698,11 +763,12 @@ start_checked() {
   use_installed_settings
   DEADLINE=$((SECONDS + HEALTH_TIMEOUT_S))
   start_server
-  if [[ $release ]]; then wait_healthy "$release" && verify; else wait_answering; fi
+  if [[ $release ]]; then wait_healthy "$release" && verify; else wait_answering; fi || return 1
+  STOPPED=''
 }
 
 put_back() {
-  log "putting back $SWITCHING"
+  log "putting back $SWITCHING; this cannot be interrupted"
   rm -rf -- "$STAGED"  # which makes room on a full disk
   stop_server "$FAILED_STOP_S"
   install_from "$SWITCHING" "$SWITCHING" || return 1
@@ -716,7 +782,7 @@ put_back() {
 on_exit() {
   local status=$?
   trap - EXIT
-  trap 'log "the previous release is being put back; wait"' INT TERM
+  trap '' INT TERM  # and not a handler, or they would end the commands that this runs
   if [[ $SWITCHING ]]; then
     tail -n 20 "$SERVER_LOG" 2>/dev/null | sed 's/^/  | /' >&2 || true
     if put_back; then status=$EXIT_ROLLED_BACK; note "ERROR: that failed; $SWITCHING is serving again" >&2
@@ -724,6 +790,9 @@ on_exit() {
     fi
   fi
   if ((status == 1 || status > EXIT_DOWN)); then status=$EXIT_UNCHANGED; fi
+  if [[ $STOPPED ]] && ((status == EXIT_UNCHANGED)); then
+    status=$EXIT_DOWN; note "ERROR: nothing is known to serve; start it, or see status" >&2
+  fi
   exit "$status"
 }
 
@@ -747,8 +816,8 @@ prune_backups() {
 
 # The backups' names, oldest first.
 list_backups() {
-  find "$APP_DIR/backups" -mindepth 1 -maxdepth 1 -name '*.backup.*' -printf '%f\n' 2>/dev/null | sed 's/.*\./& /' |
-    sort -k2 | tr -d ' ' || true
+  find "$APP_DIR/backups" -mindepth 1 -maxdepth 1 -name '*.backup.*' -printf '%f\n' 2>/dev/null |
+    awk -F '[.]backup[.]' '{print $NF "\t" $0}' | sort | cut -f2- || true
 }
 
 # === Health ===
@@ -776,7 +845,8 @@ wait_healthy() {
   return 1
 }
 
-message() { sed -n 's/.*"message": *"\([^"]*\)".*/\1/p' <<<"$1"; }
+message() { field message "$1"; }
+field()   { sed -n 's/.*"'"$1"'": *"\([^"]*\)".*/\1/p' <<<"$2"; }
 
 # A server that is not ours: it answers, whatever it says.
 wait_answering() {
@@ -793,7 +863,7 @@ wait_answering() {
 # Whether it is the server of this folder that listens on PORT, not a stranger.
 listens() {
   local pid
-  pid=$(server_pid) && port_pids | grep -xF -f <(family "$pid") >/dev/null
+  pid=$(server_pid) && port_pids | grep -xF -f <(family "$pid" | cut -d' ' -f1) >/dev/null
 }
 
 answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
@@ -802,7 +872,7 @@ answering() { ask -o /dev/null "$(base_url)/" 2>/dev/null; }
 verify() {
   local told left=$((DEADLINE - SECONDS))
   ((left > VERIFY_TIMEOUT_S)) || left=$VERIFY_TIMEOUT_S
-  told=$(SPEECH_KEY=${TTS_API_KEYS:-} "$PYTHON" - "$(base_url)" "$left" 2>&1 <<'PYTHON'
+  told=$(KEYS=${TTS_API_KEYS:-} KEYS_FILE=${TTS_API_KEYS_FILE:-} APP_DIR=$APP_DIR "$PYTHON" - "$(base_url)" "$left" 2>&1 <<'PYTHON'
 import array
 import io
 import json
@@ -817,9 +887,16 @@ url, timeout_s = sys.argv[1], int(sys.argv[2])
 open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
+def key():
+    keys = os.environ["KEYS"].split(",")
+    if file := os.environ["KEYS_FILE"]:
+        with open(os.path.join(os.environ["APP_DIR"], file), encoding="utf-8") as lines:
+            keys += [line.partition("#")[0] for line in lines]
+    return next((key.strip() for key in keys if key.strip()), "")
+
+
 def ask(path, body=None):
-    key = os.environ["SPEECH_KEY"].split(",")[0].strip()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key()}"}
     with open_url(urllib.request.Request(url + path, body, headers), timeout=timeout_s) as answer:
         return answer.read()
 
@@ -855,9 +932,9 @@ PYTHON
 
 # Print a script that carries these files of SOURCE and runs this one. It is one subshell: half of it runs nothing.
 packed() {
-  local archive; archive=$(mktemp)
-  (cd "$SOURCE" && tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c "$@" | gzip -9n) >"$archive"
-  cat <<END
+  local archive; archive=$(mktemp) || return 1
+  (cd "$SOURCE" && tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c "$@" | gzip -9n) >"$archive" || { rm -f "$archive"; return 1; }
+  cat <<END || { rm -f "$archive"; return 1; }
 #!/usr/bin/env bash
 # The speech server, release $(manifest "$SOURCE" | release_id), and its deploy script in one file, made by
 # deploy_openai_api.sh pack.   Run it: bash deploy_openai.sh --help, or ssh HOST bash -s < deploy_openai.sh
@@ -885,7 +962,7 @@ END
 given_settings() {
   local name
   [[ $SSH_HOST ]] || return 0
-  for name in $(compgen -e | grep -xE "PYTHON|HOST|PORT|UNIT|TTS_[A-Z0-9_]+|$OWN_SETTINGS"); do
+  for name in $(compgen -e | grep -xE "$SENT"); do
     printf 'export %s=%q\n' "$name" "${!name}"
   done
 }
@@ -895,13 +972,16 @@ do_pack() {
   check_release
   ((FAILURES == 0)) || die "$EXIT_USAGE" "nothing was written"
   mapfile -t paths < <(release_paths "$SOURCE")
-  packed "${paths[@]}" >"$OUTPUT.new" && mv -f -- "$OUTPUT.new" "$OUTPUT"
+  { packed "${paths[@]}" >"$OUTPUT.new" && mv -f -- "$OUTPUT.new" "$OUTPUT"; } 2>/dev/null ||
+    { rm -f -- "$OUTPUT.new"; die "$EXIT_UNCHANGED" "$OUTPUT cannot be written"; }
   log "wrote $OUTPUT, $(du -h -- "$OUTPUT" | cut -f1): ssh HOST bash -s < $OUTPUT"
 }
 
 # Do the same thing over there; only a deploy has to carry the release.
 over_ssh() {
-  local paths=(deploy_openai_api.sh) status=0
+  local paths=(deploy_openai_api.sh) status=0 names
+  names=$(compgen -e | grep -xE "$SENT" | xargs) && note "settings that go along: $names"
+  names=$(compgen -e | grep -xE "$ENGINE_SETTINGS" | grep -vxE "$SENT" | xargs) && note "settings that stay here: $names"
   if [[ $ACTION == deploy ]]; then mapfile -t paths < <(release_paths "$SOURCE"); fi
   # shellcheck disable=SC2086  # SSH_COMMAND is a command and its options
   packed "${paths[@]}" | ${SSH_COMMAND:-ssh} ${SSH_PORT:+-p "$SSH_PORT"} "$SSH_HOST" \
@@ -915,6 +995,7 @@ over_ssh() {
 # === Actions ===
 
 acquire_lock() {
+  [[ $ACTION == deploy || -d $APP_DIR ]] || die "$EXIT_UNCHANGED" "there is no folder $APP_DIR; nothing was changed"
   mkdir -p -- "$APP_DIR" 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be made"
   exec 9<"$APP_DIR"
   flock -n 9 || die "$EXIT_UNCHANGED" "another deploy is at work in $APP_DIR; nothing was changed"
@@ -976,7 +1057,6 @@ note_start() {
   local pid
   pid=$(server_pid) || return 0
   if is_ours "$pid" || [[ -e $APP_DIR/${STARTED[0]} ]]; then return 0; fi
-  mkdir -p "$APP_DIR/run/started"
   keep_command "$pid" "$APP_DIR"
 }
 
@@ -1003,6 +1083,12 @@ do_status() {
   log "running: process $pid, $(shown "$pid")"
   health=$(ask -f "$(base_url)/health" 2>&1) || { log "not healthy: $health"; return "$EXIT_UNHEALTHY"; }
   log "healthy: $health"
+  check_running "$(field release "$health")" "$(release_of "$APP_DIR")"
+}
+
+# Say when what runs is not what lies in the folder: it was copied, and not restarted.
+check_running() {
+  [[ ! $1 || $1 == "$2" ]] || hint "release $1 is running, and ${2:-none} lies in $APP_DIR: restart takes that"
 }
 
 do_backups() {
@@ -1019,14 +1105,15 @@ parse_arguments() {
   ACTION='' TIMESTAMP='' DRY_RUN=0 OUTPUT=deploy_openai.sh SSH_HOST='' SSH_PORT='' REMOTE_ARGUMENTS=''
   SOURCE=$(cd -- "$(dirname -- "$0")" && pwd -P)
   while (($#)); do
+    if [[ $1 =~ ^(-s|--source|-o|--output|--ssh|-p|--ssh-port)$ && ! ${2:-} ]]; then wrong "$1, with no value"; fi
     case $1 in
       deploy|rollback|restart|stop|start|status|backups|pack) [[ ! $ACTION ]] || wrong "$1"; ACTION=$1 ;;
       [0-9]*T[0-9]*) [[ $ACTION == rollback ]] || wrong "$1"; TIMESTAMP=$1 ;;
       -n|--dry-run) DRY_RUN=1 REMOTE_ARGUMENTS=--dry-run ;;
-      -s|--source) SOURCE=$(cd -- "${2:?--source needs a folder}" && pwd -P); shift ;;
-      -o|--output) OUTPUT=${2:?--output needs a file}; shift ;;
-      --ssh) SSH_HOST=${2:?--ssh needs user@host}; shift ;;
-      -p|--ssh-port) SSH_PORT=${2:?--ssh-port needs a number}; shift ;;
+      -s|--source) SOURCE=$(cd -- "$2" 2>/dev/null && pwd -P) || wrong "$1 $2, which is no folder"; shift ;;
+      -o|--output) OUTPUT=$2; shift ;;
+      --ssh) SSH_HOST=$2; shift ;;
+      -p|--ssh-port) SSH_PORT=$2; shift ;;
       -h|--help) usage; exit 0 ;;
       *) wrong "$1" ;;
     esac
@@ -1036,7 +1123,7 @@ parse_arguments() {
   ((!DRY_RUN)) || [[ $ACTION == deploy ]] || wrong "--dry-run with $ACTION"
 }
 
-wrong() { usage >&2; die "$EXIT_USAGE" "unknown argument: $1"; }
+wrong() { usage >&2; die "$EXIT_USAGE" "not understood: $1"; }
 
 main() {
   parse_arguments "$@"

@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
-#
-# Say what state the speech server on this machine is in. Reads only; changes nothing; prints no secrets.
-#
-# Usage: remote_check.sh [--json]
-#        ssh HOST bash -s < remote_check.sh
-#        ssh HOST PORT=6006 PUBLIC_URL=https://speech.example.com:8443 bash -s -- --json < remote_check.sh
-#
-#   -j, --json     for programs: {"ok", "checks": [{"level", "name", "value"}]}
-#   -h, --help     show this help
-#
-# Settings, from the environment, else from APP_DIR/server.env:
-#
-#   APP_DIR        where the server lives; default: where the one on PORT runs, else /root/index-tts-vllm
-#   PORT           6006
-#   PUBLIC_URL     the address that clients use from outside; default: none is asked
-#   MIN_DISK_MB    500, below which a disk is called full
-#
-# Exit status: 0 nothing would stop it from speaking; 1 something would; 2 usage.
+
+# In here and not a comment: piped into bash, a script cannot read itself.
+usage() {
+  cat <<'HELP'
+Say what state the speech server on this machine is in. Reads only; changes nothing; prints no secrets.
+
+Usage: remote_check.sh [--json]
+       ssh HOST bash -s < remote_check.sh
+       ssh HOST PORT=6006 PUBLIC_URL=https://speech.example.com:8443 bash -s -- --json < remote_check.sh
+
+  -j, --json     for programs: {"ok", "checks": [{"level", "name", "value"}]}
+  -h, --help     show this help
+
+Settings, from the environment, else from APP_DIR/server.env:
+
+  APP_DIR        where the server lives; default: where the one on PORT runs, else /root/index-tts-vllm
+  PORT           6006
+  PUBLIC_URL     the address that clients use from outside; default: none is asked
+  MIN_DISK_MB    500, below which a disk is called full
+
+Exit status: 0 nothing would stop it from speaking; 1 something would; 2 usage.
+HELP
+}
 
 set -uo pipefail   # no -e: report everything that is wrong, not just the first thing
 
@@ -26,7 +31,6 @@ readonly ERRORS_SHOWN=5 LOG_LINES=2000
 
 CHECKS=() FAILURES=0 JSON=0
 
-usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0" 2>/dev/null || echo "Usage: remote_check.sh [--json]"; }
 die()  { local status=$1; shift; printf 'ERROR: %s\n' "$*" >&2; exit "$status"; }
 pass() { report ok "$@"; }
 hint() { report note "$@"; }
@@ -39,12 +43,12 @@ report() {
   ((JSON)) || printf '  %-5s %-16s %s\n' "$1" "$2" "$value"
 }
 
-# Replace what looks like a secret, and the secrets of server.env wherever they turn up.
+# Replace what looks like a secret, and the secrets of server.env wherever they turn up; drop bytes that are no UTF-8.
 redacted() {
   local text=$1 secret
   for secret in "${SECRET_VALUES[@]}"; do text=${text//"$secret"/***}; done
-  sed -E -e 's/((key|token|secret|password)s?["'\'']?[=: ]+)[^ ,"'\'']+/\1***/Ig' -e 's/(Bearer +)[^ ]+/\1***/Ig' \
-    -e 's/sk-[A-Za-z0-9_-]{8,}/***/g' <<<"$text"
+  sed -E -e 's/((key|token|secret|password)s?["'\'']?[=: ]+["'\'']?)[^ ,"'\'']+/\1***/Ig' -e 's/(Bearer +)[^ ]+/\1***/Ig' \
+    -e 's/sk-[A-Za-z0-9_-]{8,}/***/g' -e 's,//[^/@ ]+@,//***@,g' <<<"$text" | iconv -c -f UTF-8 -t UTF-8
 }
 
 # A JSON string.
@@ -73,7 +77,13 @@ default_app_dir() {
   if [[ $pid ]]; then readlink "/proc/$pid/cwd"; else echo /root/index-tts-vllm; fi
 }
 
-setting() { sed -n "s/^$1=//p" "$APP_DIR/server.env" 2>/dev/null | tail -n 1; }
+setting() { installed | sed -n "s/^$1=//p" | tail -n 1; }
+
+# The lines of server.env without quotes and backslashes.
+installed() {
+  LC_ALL=C sed -E -e 's/[ \t\r]*$//' -e "/^[A-Z0-9_]+='/{s/='/=/; s/'\$//; b}" \
+    -e '/^[A-Z0-9_]+="/{s/="/=/; s/"$//; s/\\([\\"$`])/\1/g; b}' -e 's/\\(.)/\1/g' "$APP_DIR/server.env" 2>/dev/null
+}
 
 address() {
   case $1 in
@@ -89,7 +99,13 @@ load_secrets() {
   while IFS= read -r line; do
     IFS=, read -r -a values <<<"${line#*=}"
     for value in "${values[@]}"; do if [[ ${#value} -ge 3 ]]; then SECRET_VALUES+=("$value"); fi; done
-  done < <({ cat "$APP_DIR/server.env" 2>/dev/null; env; } | grep -E "$SECRETS")
+  done < <({ installed; env; keys_of_file; } | grep -E "$SECRETS")
+}
+
+# The keys of TTS_API_KEYS_FILE, one KEY=VALUE a line.
+keys_of_file() {
+  local file; file=$(setting TTS_API_KEYS_FILE)
+  cd "$APP_DIR" 2>/dev/null && [[ $file ]] && sed 's/#.*//; s/^[ \t]*/KEY=/; s/[ \t]*$//' "$file" 2>/dev/null
 }
 
 # === Processes ===
@@ -153,7 +169,15 @@ check_health() {
   for name in release engine model uptime_s; do
     if [[ $(field "$name" "$health") ]]; then pass "$name" "$(field "$name" "$health")"; fi
   done
+  check_running "$(field release "$health")"
 }
+
+# Whether what runs is what lies in the folder.
+check_running() {
+  local lies; lies=$(sha256sum 2>/dev/null <"$APP_DIR/release.sha256" | cut -c1-12)
+  [[ ! $1 || ! $lies || $1 == "$lies" ]] ||
+    hint running "release $1, and $lies lies in $APP_DIR: deploy_openai_api.sh restart takes that"
+} 2>/dev/null
 
 check_voices() {
   local count
@@ -179,7 +203,7 @@ check_settings() {
   for name in PYTHON HOST PORT UNIT TTS_ENGINE TTS_MODEL TTS_MODEL_DIR TTS_GPU_MEMORY_UTILIZATION; do
     if [[ $(setting "$name") ]]; then line+="$name=$(setting "$name") "; fi
   done
-  pass settings "$line$(if [[ $(setting TTS_API_KEYS) ]]; then echo "(asks for keys)"; else echo "(open to all)"; fi)"
+  pass settings "$line$(if [[ $(setting 'TTS_API_KEYS\(_FILE\)\?') ]]; then echo "(asks for keys)"; else echo "(open to all)"; fi)"
 }
 
 check_gpu() {

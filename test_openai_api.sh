@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-#
-# Check a running speech server over HTTP, as OpenAI's clients use it: one TAP line per check, and a summary.
-#
-# Usage: test_openai_api.sh [options]
-#
-#   -u, --url URL      the server; default BASE_URL, else http://127.0.0.1:6006
-#   -k, --key KEY      its API key; default API_KEY of the environment, which no list of processes shows
-#   -v, --voice NAME   the voice of most checks; default alloy
-#   -o, --out DIR      where the audio is kept for listening; default: a new folder under /tmp
-#   -q, --quick        the checks that take long are left out
-#   -h, --help         show this help
-#
-# It needs bash, curl and python3. Exit status: 0 all passed; 1 a check failed; 2 usage; 3 no server there.
+
+# In here and not a comment: piped into bash, a script cannot read itself.
+usage() {
+  cat <<'HELP'
+Check a running speech server over HTTP, as OpenAI's clients use it: one TAP line per check, and a summary.
+
+Usage: test_openai_api.sh [options]
+
+  -u, --url URL      the server; default BASE_URL, else http://127.0.0.1:6006
+  -k, --key KEY      its API key; default API_KEY of the environment, which no list of processes shows
+  -v, --voice NAME   the voice of most checks; default alloy
+  -o, --out DIR      where the audio is kept for listening; default: a new folder under /tmp
+  -q, --quick        the checks that take long are left out
+  -h, --help         show this help
+
+It needs bash, curl, python3 and coreutils. Exit status: 0 all passed; 1 a check failed; 2 usage; 3 no server there.
+HELP
+}
 
 set -uo pipefail   # no -e: a check that fails must not hide the later ones
 
@@ -31,7 +36,6 @@ readonly -A CONTENT_TYPES=(
 readonly SPEECH=/v1/audio/speech
 readonly TIMEOUT_S=600
 
-usage() { sed -n '3,/^$/{s/^# \{0,1\}//;p;}' "$0"; }
 die()   { local status=$1; shift; printf 'ERROR: %s\n' "$*" >&2; exit "$status"; }
 why()   { printf '# %s\n' "$*"; return 1; }
 
@@ -68,7 +72,12 @@ begin_of_body() { head -c 300 "$BODY" | LC_ALL=C tr -cd '\40-\176'; }
 # speech INPUT [FIELDS]: a body for the speech route.
 speech() { printf '{"model":"tts-1","voice":"%s","input":"%s"%s}' "$VOICE" "$1" "${2:+,$2}"; }
 
-content_type() { sed -n 's/\r$//; s/^content-type: *\([^;]*\).*/\1/Ip' "$1.head"; }
+content_type() {
+  local name value
+  while IFS=': ' read -r name value; do
+    if [[ ${name,,} == content-type ]]; then echo "${value%%[;$'\r']*}"; fi
+  done <"$1.head"
+}
 
 # === What is in a body ===
 
@@ -160,8 +169,7 @@ lasts() {
   local seconds rate dbfs told
   told=$(sound "$1" "$2" 2>&1) || { printf '%s\n' "$told"; return 1; }
   read -r seconds rate dbfs <<<"$told"
-  awk -v x="$seconds" -v least="$3" -v most="$4" 'BEGIN {exit !(x >= least && x <= most)}' || {
-    why "$1 of $seconds s, want $3 to $4"; return 1; }
+  holds "$3 <= $seconds <= $4" || { why "$1 of $seconds s, want $3 to $4"; return 1; }
   [[ ! ${5:-} || $rate == "$5" ]] || { why "$1 at $rate Hz, want $5"; return 1; }
   ((dbfs > -50)) || why "$1 is silent: $dbfs dBFS"
 }
@@ -179,7 +187,10 @@ envelope() {
     json 'it["error"]["message"] and "Traceback" not in it["error"]["message"]'
 }
 
-scaled() { awk -v x="$1" -v by="$2" 'BEGIN {print x * by}'; }
+# Arithmetic that bash has not: a figure, and whether something is so.
+figure() { python3 -c "print(round($1, 3))"; }
+holds()  { python3 -c "raise SystemExit(not ($1))"; }
+same()   { python3 -c 'import filecmp, sys; sys.exit(not filecmp.cmp(*sys.argv[1:], shallow=False))' "$@"; }
 
 # === Checks ===
 
@@ -202,16 +213,16 @@ speaks() {
 measure() {
   BODY=$OUT/again.wav post "$SPEECH" "$(speech "$ENGLISH" '"response_format":"wav"')" >/dev/null
   read -r SECONDS_WAV _ < <(sound wav "$OUT/english_$VOICE.wav" 2>/dev/null || echo 4)
-  LEAST=$(scaled "$SECONDS_WAV" 0.5) MOST=$(scaled "$SECONDS_WAV" 1.5)
-  if cmp -s "$OUT/again.wav" "$OUT/english_$VOICE.wav"; then
-    LEAST=$(awk -v x="$SECONDS_WAV" 'BEGIN {print x - 0.06}') MOST=$(awk -v x="$SECONDS_WAV" 'BEGIN {print x + 0.12}')
+  LEAST=$(figure "$SECONDS_WAV * 0.5") MOST=$(figure "$SECONDS_WAV * 1.5")
+  if same "$OUT/again.wav" "$OUT/english_$VOICE.wav" 2>/dev/null; then
+    LEAST=$(figure "$SECONDS_WAV - 0.06") MOST=$(figure "$SECONDS_WAV + 0.12")
   fi
   rm -f "$OUT/again.wav" "$OUT/again.wav.head"
 }
 
 # faster SPEED LEAST MOST: the length, as a share of that at speed 1.
 faster() {
-  speaks "speed_$1" wav "$(scaled "$LEAST" "$2")" "$(scaled "$MOST" "$3")" "$(speech "$ENGLISH" "\"speed\":$1")"
+  speaks "speed_$1" wav "$(figure "$LEAST * $2")" "$(figure "$MOST * $3")" "$(speech "$ENGLISH" "\"speed\":$1")"
 }
 
 # Four sentences that nobody has asked for before: a server may keep what it has said.
@@ -228,8 +239,7 @@ streams() {
     --data-binary "$(speech "$(long_text)" "\"response_format\":\"$1\"")" "$BASE_URL$SPEECH")
   [[ $times == 200* ]] || { why "got $times"; return 1; }
   read -r _ first whole <<<"$times"
-  awk -v first="$first" -v whole="$whole" 'BEGIN {exit !(first < 0.8 * whole)}' ||
-    { why "first byte after $first s of $whole s"; return 1; }
+  holds "$first < 0.8 * $whole" || { why "first byte after $first s of $whole s"; return 1; }
   lasts "$1" "$OUT/streamed.$1" 5 60
 }
 
@@ -293,6 +303,7 @@ no_holes() {
     for key in "${keys[@]}"; do
       printf '%s\n' "$key" >"$OUT/wrong_key"
       KEY_FILE=$OUT/wrong_key turned_away post "$path" "$body" || { why "with '${key/$KEY/KEY}'"; return 1; }
+      [[ $path == *tts_url ]] || envelope || return 1
     done
   done
   rm -f "$OUT/wrong_key"
@@ -378,11 +389,12 @@ run_checks() {
 
 parse_arguments() {
   while (($#)); do
+    if [[ $1 =~ ^(-[ukvo]|--(url|key|voice|out))$ && ! ${2:-} ]]; then die "$EXIT_USAGE" "$1 needs a value"; fi
     case $1 in
-      -u|--url) BASE_URL=${2:?--url needs a value}; shift ;;
-      -k|--key) KEY=${2:?--key needs a value}; shift ;;
-      -v|--voice) VOICE=${2:?--voice needs a value}; shift ;;
-      -o|--out) OUT=${2:?--out needs a folder}; shift ;;
+      -u|--url) BASE_URL=$2; shift ;;
+      -k|--key) KEY=$2; shift ;;
+      -v|--voice) VOICE=$2; shift ;;
+      -o|--out) OUT=$2; shift ;;
       -q|--quick) QUICK=1 ;;
       -h|--help) usage; exit 0 ;;
       *) usage >&2; die "$EXIT_USAGE" "unknown argument: $1" ;;

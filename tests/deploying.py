@@ -54,7 +54,8 @@ class App:
         return [body]
 
     def answer(self, path, environ):
-        key = os.environ.get("TTS_API_KEYS")
+        file = os.environ.get("TTS_API_KEYS_FILE")
+        key = Path(file).read_text().split()[-1] if file else os.environ.get("TTS_API_KEYS")
         if path == "/health":
             state = {{"loading": "loading", "unhealthy": "unhealthy"}}.get(FAULT, "healthy")
             told = json.dumps({{"status": state, "message": "a stand-in", "release": RELEASE}}, separators=(",", ":"))
@@ -171,6 +172,13 @@ def make_release(folder: Path, fault: str = "", mark: str = "") -> Path:
     return folder
 
 
+def call(commands: str, **environment: str) -> str:
+    """Run commands with the script's functions at hand; return what they print."""
+    script = f"source <(sed '$d' '{REPOSITORY / SCRIPT}'); {commands}"
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True).stdout
+
+
 class Box:
     """A folder and a port to deploy to, with what runs there ended in the end."""
 
@@ -205,11 +213,11 @@ class Box:
         said, _ = running.communicate(timeout=300)
         return running.returncode, said
 
-    def start_older_server(self, *arguments: str) -> None:
+    def start_older_server(self, *arguments: str, program: str = "api_server_v2.py") -> None:
         """Run an older api_server_v2.py here, the way a person would."""
         self.app_dir.mkdir(parents=True, exist_ok=True)
-        (self.app_dir / "api_server_v2.py").write_text(OLDER_SERVER)
-        command = [sys.executable, "api_server_v2.py", "--port", str(self.port), "--model_dir", "checkpoints/a b"]
+        (self.app_dir / program).write_text(OLDER_SERVER)
+        command = [sys.executable, program, "--port", str(self.port), "--model_dir", "checkpoints/a b"]
         environment = {"PATH": os.environ["PATH"], "OLDER_SECRET": "s3cret"}
         self.older = subprocess.Popen(
             [*command, "--gpu_memory_utilization=0.4", "--is_fp16", *arguments], cwd=self.app_dir, env=environment,
@@ -241,11 +249,7 @@ class Box:
 
     def listeners(self) -> list[int]:
         """The processes that listen on the port."""
-        told = subprocess.run(
-            ["bash", "-c", f'source <(sed \'$d\' "{REPOSITORY / SCRIPT}"); PORT={self.port}; port_pids'],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        return [int(pid) for pid in told.stdout.split()]
+        return [int(pid) for pid in call(f"PORT={self.port}; port_pids").split()]
 
     def files(self) -> dict[str, bytes]:
         """Everything in the folder but the logs."""

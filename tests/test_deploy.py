@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from deploying import (
     STEPS,
     Box,
     at_step,
+    call,
     copy_release,
     make_release,
     make_wheel,
     release_files,
+    require_program,
     tmpfs,
 )
 from serving import REPOSITORY, free_port
@@ -161,7 +164,7 @@ def test_the_first_deploy_takes_over_from_an_older_server(older, releases):
 def test_the_older_servers_options_become_settings(older, releases):
     serve(older, releases["a"])
     settings = (older.app_dir / "server.env").read_text()
-    assert "TTS_MODEL_DIR=checkpoints/a b\n" in settings
+    assert 'TTS_MODEL_DIR="checkpoints/a b"\n' in settings
     assert "TTS_GPU_MEMORY_UTILIZATION=0.4\n" in settings and "TTS_FP16=true\n" in settings
 
 
@@ -184,6 +187,8 @@ def test_a_failed_first_deploy_gives_the_older_server_back(older, releases):
     status, said = older.run(source=releases["silence"])
     assert status == ROLLED_BACK, said
     assert older.get("/") == older.greeting
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{older.listeners()[0]}/status").read_text())[1], 16)
+    assert not ignored & 1 << signal.SIGTERM - 1  # it can be ended as before
 
 
 def test_rollback_reaches_every_backup(older, releases):
@@ -224,6 +229,22 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_server_that_is_rolled_back_
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_rollback_leaves_no_empty_folders(older, releases):
+    serve(older, releases["a"])
+    assert older.run("rollback")[0] == DONE
+    empty = [path.name for path in older.app_dir.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert empty == []
+
+
+def test_an_older_server_with_spaces_in_its_name_can_be_rolled_back_to(box, releases):
+    box.start_older_server(program="api server 语音.py")
+    greeting = box.get("/")
+    serve(box, releases["a"])
+    assert "  api server 语音.py " in box.run("backups")[1]
+    status, said = box.run("rollback")
+    assert (status, box.get("/")) == (DONE, greeting), said
 
 
 def test_a_second_rollback_undoes_the_first(served, releases):
@@ -285,6 +306,32 @@ def test_a_stranger_on_the_port_is_left_alone(box, releases, tmp_path):
         stranger.wait()
 
 
+def test_a_program_that_only_names_the_folder_is_a_stranger(box, releases, tmp_path):
+    box.app_dir.mkdir()
+    (box.app_dir / "outputs").mkdir()
+    program = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(box.port), "--directory"]
+    stranger = subprocess.Popen([*program, str(box.app_dir / "outputs")], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        box.wait_until(lambda: box.get("/"))
+        status, said = box.run(source=releases["a"])
+        assert (status, stranger.poll()) == (UNCHANGED, None), said
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_number_that_belongs_to_another_process_by_now_is_not_killed():
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        told = call(f'b=$(born {other.pid}); all_gone "{other.pid} $((b - 1))" && echo gone; kill_left "{other.pid} 1"')
+        assert (told, other.poll()) == ("gone\n", None)
+        call(f'kill_left "{other.pid} $(born {other.pid})"')
+        assert other.wait(5) == -signal.SIGKILL
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_of_two_deploys_at_once_the_second_is_turned_away(served, releases):
     first = served.start(source=releases["b"])
     assert any("Preflight" in line for line in first.stdout)
@@ -310,6 +357,40 @@ def test_killed_at_any_step_start_gives_the_old_release_back(lasting, releases, 
     status, said = lasting.run("start")
     assert status == DONE, said
     assert (lasting.release(), settled(lasting)) == (lasting.first, before)
+
+
+def test_interrupted_once_it_serves_it_stays(served, releases, tmp_path):
+    status, said = served.run(source=releases["b"], BASH_ENV=at_step("prune_backups", "kill -TERM $$", tmp_path))
+    assert status == DONE and served.release() not in (None, served.first), said
+    assert served.run("start")[0] == DONE and served.release() != served.first
+
+
+def test_an_interrupted_restart_says_that_nothing_serves(served, tmp_path):
+    status, said = served.run("restart", BASH_ENV=at_step("start_server", "kill -TERM $$", tmp_path))
+    assert status == DOWN and "nothing is known to serve" in said
+    assert served.run("start")[0] == DONE and served.release() == served.first
+
+
+def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp_path):
+    before = settled(served)
+    command = ["bash", str(releases["b"] / SCRIPT)]
+    environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert any("putting back" in line for line in running.stdout)
+    while running.poll() is None:
+        os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
+        time.sleep(0.02)
+    assert running.returncode == ROLLED_BACK, running.stdout.read()
+    assert (served.release(), settled(served)) == (served.first, before)
+
+
+def test_a_file_that_cannot_be_put_back_is_told(served, releases, tmp_path):
+    block = at_step("verify", 'mkdir -p "$APP_DIR/access.py.new/access.py"', tmp_path)
+    status, said = served.run(source=releases["silence"], BASH_ENV=block)
+    assert status == DOWN and "nothing is known to serve" in said
+    (served.app_dir / "access.py.new/access.py").rmdir()
+    (served.app_dir / "access.py.new").rmdir()
+    assert served.run("start")[0] == DONE and served.release() == served.first
 
 
 def test_killed_halfway_a_deploy_can_be_run_again(older, releases, tmp_path):
@@ -416,6 +497,22 @@ def test_settings_are_remembered(box, releases):
     assert "a-key" not in said + (box.app_dir / "logs/deploy.log").read_text()
 
 
+def test_keys_that_lie_in_a_file_of_the_folder_are_used(box, releases):
+    box.app_dir.mkdir()
+    (box.app_dir / "keys.txt").write_text("# whose\n a-key\n")
+    status, said = box.run(source=releases["a"], TTS_API_KEYS_FILE="keys.txt")
+    assert status == DONE and box.get("/anything") == "{}", said  # it has spoken with the key, and refuses without
+
+
+def test_settings_may_name_files_of_the_folder(box):
+    box.app_dir.mkdir()
+    (box.app_dir / "own.json").write_bytes((REPOSITORY / "voices.json").read_bytes())
+    (box.app_dir / "app.py").write_text("an older one")
+    assert box.run("--dry-run", TTS_VOICES_FILE="own.json")[0] == DONE
+    status, said = box.run("--dry-run", TTS_VOICES_FILE="other.json")
+    assert status == UNCHANGED and "other.json" in said
+
+
 def test_the_settings_of_a_release_that_failed_do_not_stay(box, releases):
     assert box.run(source=releases["a"], TTS_API_KEYS="first")[0] == DONE
     first, settings = box.release(), (box.app_dir / "server.env").read_text()
@@ -428,6 +525,66 @@ def test_a_restart_takes_new_settings(served):
     assert served.run("restart", TTS_API_KEYS="a-key")[0] == DONE
     assert served.get("/anything") == "{}"  # refused without the key
     assert "TTS_API_KEYS=a-key\n" in (served.app_dir / "server.env").read_text()
+
+
+NASTY = {
+    "TTS_A": "two  words", "TTS_B": "a key's \"$HOME\" `id` $(id) \\ \\n #1 ; %h", "TTS_C": "中文 语音 ，。",
+    "TTS_D": "# none", "TTS_E": "ends in \\", "TTS_F": "  spaces\t ", "TTS_G": "*!~&|<>(){}[]?^", "TTS_H": "'single'",
+    "TTS_I": '"double"', "TTS_J": "-n", "TTS_K": "a=b=c", "TTS_L": "~/models", "TTS_M": "$",
+    "TTS_N": "'", "TTS_O": "a\\\"b\\\\",
+}  # fmt: skip
+SYSTEMD_READS = """
+import ctypes, sys
+libc, lines = ctypes.CDLL(None), ctypes.POINTER(ctypes.c_char_p)()
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"r"))
+assert ctypes.CDLL(sys.argv[1]).load_env_file(file, sys.argv[2].encode(), ctypes.byref(lines)) == 0
+for i in range(1000):
+    if lines[i] is None:
+        break
+    print(lines[i].decode(), end="\\0")
+"""
+
+
+def by_name(told: str) -> dict[str, str]:
+    """The TTS_ variables of NAME=VALUE entries that end in NUL."""
+    return dict(entry.split("=", 1) for entry in told.split("\0") if entry.startswith("TTS_"))
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    """A server.env, as the script writes it, of values that a reader may get wrong."""
+    file = tmp_path_factory.mktemp("环 境") / "server.env"
+    file.write_text(call('settings "$REMEMBERED"', **NASTY))
+    return file
+
+
+def test_bash_reads_the_settings_as_they_were_given(nasty):
+    done = subprocess.run(["bash", "-c", 'set -a; . "$1"; env -0', "-", nasty], env={}, capture_output=True, text=True)
+    assert by_name(done.stdout) == NASTY
+
+
+def test_the_script_reads_the_settings_as_they_were_given(nasty):
+    assert by_name(call(f"APP_DIR='{nasty.parent}'; take_installed_settings; env -0")) == NASTY
+
+
+def test_systemd_reads_the_settings_as_they_were_given(nasty):
+    require_program("systemd-analyze", "systemd")
+    library = next(Path("/usr/lib").glob("*/systemd/libsystemd-shared-*.so"))  # whose function reads EnvironmentFile=
+    command = [sys.executable, "-c", SYSTEMD_READS, str(library), str(nasty)]
+    assert by_name(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == NASTY
+
+
+def test_settings_edited_by_hand_are_read_with_any_quotes(tmp_path):
+    lines = "TTS_A='one \"$x'", "TTS_B=two words  \r", "# TTS_C=3", "TTS_D=a\\ b", 'TTS_E="x y"', ""
+    (tmp_path / "server.env").write_text("\n".join(lines))
+    told = by_name(call(f"APP_DIR='{tmp_path}'; take_installed_settings; env -0"))
+    assert told == {"TTS_A": 'one "$x', "TTS_B": "two words", "TTS_D": "a b", "TTS_E": "x y"}
+
+
+def test_a_setting_of_two_lines_is_refused(lasting):
+    status, said = lasting.run("restart", TTS_LEXICON="a\nPORT=1")
+    assert status == USAGE and "TTS_LEXICON must be one line" in said
 
 
 def test_another_port_is_moved_to_and_back_from(older, releases):
@@ -455,9 +612,54 @@ def test_help_names_every_action_and_setting(box):
     assert wanted <= set(re.split(r"[\s,]+", said))
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "test_openai_api.sh", "remote_check.sh"])
+def test_help_is_the_same_when_piped(script):
+    path = REPOSITORY / script
+    asked = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True)
+    with path.open("rb") as file:
+        piped = subprocess.run(["bash", "-s", "--", "--help"], stdin=file, capture_output=True, text=True)
+    assert asked.stdout.startswith(("Put", "Check", "Say")) and f"Usage: {script}" in asked.stdout
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, asked.stdout, "")
+
+
 def test_an_unknown_argument_is_refused(box):
     status, said = box.run("redeploy")
     assert status == USAGE and "redeploy" in said
+
+
+@pytest.mark.parametrize("option", ["--source", "-o", "--ssh", "-p"])
+def test_an_option_without_its_value_is_refused(box, option):
+    status, said = box.run(option)
+    assert status == USAGE and option in said
+
+
+def test_a_source_that_is_no_folder_is_refused(box):
+    status, said = box.run("--source", "/no/where")
+    assert status == USAGE and "/no/where" in said
+
+
+def test_a_folder_that_is_a_file_is_told(box, releases):
+    box.app_dir.write_text("a file")
+    status, said = box.run("--dry-run", source=releases["a"])
+    assert status == UNCHANGED and "is no folder" in said
+
+
+@pytest.mark.parametrize("action", ["rollback", "restart", "start", "stop"])
+def test_nothing_but_a_deploy_makes_the_folder(box, action):
+    status, said = box.run(action)
+    assert (status, box.app_dir.exists()) == (UNCHANGED, False)
+    assert "there is no folder" in said
+
+
+def test_a_pack_that_cannot_be_written_is_told(releases, tmp_path):
+    command = ["bash", str(releases["a"] / SCRIPT), "pack", "-o"]
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    for place in (tmp_path / "no/where", full):
+        (tmp_path / "full.new").unlink(missing_ok=True)
+        (tmp_path / "full.new").symlink_to("/dev/full")
+        done = subprocess.run([*command, str(place)], capture_output=True, text=True)
+        assert done.returncode == UNCHANGED and "cannot be written" in done.stderr
 
 
 def test_status_tells_running_from_stopped(served):
@@ -467,6 +669,13 @@ def test_status_tells_running_from_stopped(served):
     assert status == UNHEALTHY and "stopped" in said
     assert served.run("start")[0] == served.run("start")[0] == DONE
     assert served.release() == served.first
+
+
+def test_status_tells_what_was_copied_and_not_restarted(served):
+    assert "restart" not in served.run("status")[1]
+    (served.app_dir / "release.sha256").write_text("another\n")
+    status, said = served.run("status")
+    assert status == DONE and f"release {served.first} is running, and " in said and "restart" in said
 
 
 def test_backups_lists_what_rollback_takes(lasting):

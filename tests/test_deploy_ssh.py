@@ -86,7 +86,18 @@ def test_status_comes_from_over_there(box, releases):
 def test_settings_and_keys_go_along_unseen(box, releases):
     status, said = box.run(*box.over_ssh, source=releases["a"], TTS_API_KEYS="a key's \"$HOME")
     assert status == DONE, said
-    assert "TTS_API_KEYS=a key's \"$HOME\n" in (box.app_dir / "server.env").read_text()
+    assert 'TTS_API_KEYS="a key\'s \\"\\$HOME"\n' in (box.app_dir / "server.env").read_text()
+    assert "a key" not in said
+
+
+def test_what_is_meant_for_the_server_goes_along_and_what_is_of_this_machine_stays(box, releases):
+    sent = {"CUDA_VISIBLE_DEVICES": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/data/h f", "VLLM_X": "1"}
+    kept = {"LD_LIBRARY_PATH": "/of/the/laptop", "CUDA_HOME": "/of/the/laptop", "HF_TOKEN": "of-the-user"}
+    status, said = box.run(*box.over_ssh, source=releases["a"], **sent, **kept)
+    assert status == DONE, said
+    names = {line.split("=")[0] for line in (box.app_dir / "server.env").read_text().splitlines()}
+    assert names & (sent.keys() | kept.keys()) == sent.keys()
+    assert "settings that stay here: CUDA_HOME HF_TOKEN LD_LIBRARY_PATH" in said
 
 
 def test_the_packed_file_deploys_when_piped(box, releases, sshd, tmp_path):

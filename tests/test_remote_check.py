@@ -69,6 +69,43 @@ def test_it_prints_no_secrets(box):
     assert KEY not in done.stdout and "sk-0123" not in done.stdout
 
 
+def test_keys_of_a_file_are_told_and_not_printed(tmp_path):
+    with Box(tmp_path / "box") as box:
+        (box.app_dir / "logs").mkdir(parents=True)
+        (box.app_dir / "keys.txt").write_text("# whose\n Key.Of.A.File # of Ann\n")
+        (box.app_dir / "server.env").write_text("TTS_API_KEYS_FILE=keys.txt\n")
+        (box.app_dir / "logs/server.log").write_text("ERROR for Key.Of.A.File\n")
+        found = check(box)[1]
+    assert "asks for keys" in found["settings"][0][1] and found["log"] == [("note", "ERROR for ***")]
+
+
+def test_a_log_in_any_encoding_is_json(box):
+    with (box.app_dir / "logs/server.log").open("ab") as log:
+        log.write(b"ERROR " + "第一句".encode() * 60 + b"\n" + b"ERROR \xff\xfe\x80 bytes\n")
+    for locale in ("C", "C.UTF-8"):
+        assert any("第一句" in value for _, value in check(box, LC_ALL=locale)[1]["log"])
+
+
+@pytest.mark.parametrize("line", ['{"api_key": "abc-12345"}', "GET http://me:abc-12345@127.0.0.1/", "token='abc-12345"])
+def test_secrets_that_nobody_told_it_are_hidden_too(box, line):
+    with (box.app_dir / "logs/server.log").open("a") as log:
+        log.write(f"ERROR {line}\n")
+    done = subprocess.run(["bash", str(SCRIPT)], env=box.environment, capture_output=True, text=True)
+    assert "***" in done.stdout and "abc-12345" not in done.stdout
+
+
+def test_what_was_copied_and_not_restarted_is_told(box):
+    assert "running" not in check(box)[1]
+    manifest = box.app_dir / "release.sha256"
+    original = manifest.read_bytes()
+    manifest.write_bytes(original + original[:100])
+    try:
+        found = check(box)[1]
+    finally:
+        manifest.write_bytes(original)
+    assert found["running"][0][0] == "note" and box.release() in found["running"][0][1]
+
+
 def test_edited_files_are_named(box):
     voices = box.app_dir / "voices.json"
     original = voices.read_bytes()
