@@ -493,18 +493,22 @@ class Speech:
         waiting = self._speakable(order)
         line = Line()
         pending: deque[tuple[Utterance, Claim]] = deque()
+
+        def claim_up_to(most: int) -> None:
+            while len(pending) < most and (utterance := next(waiting, None)):
+                pending.append((utterance, self._claim(utterance, order, line)))
+
         try:
-            while True:
-                while len(pending) <= self.slots and (utterance := next(waiting, None)):
-                    pending.append((utterance, self._claim(utterance, order, line)))
-                if not pending:
-                    return
+            claim_up_to(1 if self.engine.first_alone else self.slots + 1)
+            while pending:
                 utterance, claim = pending[0]
                 chunk = self._await(claim.future, order)
                 pending.popleft()
+                claim_up_to(self.slots)
                 order.origins.append(claim.origin)
                 self.metrics.utterances.labels(claim.origin).inc()
                 yield utterance, chunk, not pending  # with one left to come, it would be pending by now
+                claim_up_to(self.slots + 1)
         finally:
             for _, claim in pending:
                 claim.leave()

@@ -53,6 +53,7 @@ class Engine(Protocol):
     honours: frozenset[str]  # request fields that have an effect on this engine
     speed_range: tuple[float, float]  # speeds it speaks by itself, duration within a few per cent; beyond, stretch()
     slots: int  # utterances that it makes well at once
+    first_alone: bool  # it makes one sooner than several: a request's first utterance is not made beside its second
 
     def load(self) -> None:
         """Load the weights; raise with a message for the operator."""
@@ -91,17 +92,17 @@ class EmbeddedEngine:
     can_clone = can_emote = emotes_by_text = False
     honours: frozenset[str] = frozenset()
     speed_range = (1.0, 1.0)  # the network rounds each sound to frames: at 0.8 or 1.25 it is up to 15 % off
-    slots = 1
+    first_alone = True
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        self.slots = settings.threads or min(4, os.cpu_count() or 1)
 
     def load(self) -> None:
         """Load the weights and the pronunciation data."""
         from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
 
-        threads = self._settings.threads or min(4, os.cpu_count() or 1)
-        self._voice = EmbeddedVoice(threads, self._settings.lexicon, self._settings.cache_dir)
+        self._voice = EmbeddedVoice(self.slots, self._settings.lexicon, self._settings.cache_dir)
 
     def check(self, voice: Voice) -> None:
         """Raise ValueError on a style that there is not."""
@@ -148,6 +149,7 @@ class VllmEngine:
 
     sample_rate = 22_050
     can_clone = can_emote = True
+    first_alone = False
     honours = frozenset(ENGINE_OPTIONS)
 
     def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any], slots: int = 8):

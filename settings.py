@@ -59,7 +59,7 @@ class Settings:
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # web pages that may ask; empty: none
     log_text_characters: Annotated[int, Field(ge=0)] = 0  # of a text to be spoken that its log line shows
     slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances at once, and one that begins a request; 0: auto
-    threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of one embedded utterance; 0: all, 4 at the most
+    threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of the embedded engine; 0: all, 4 at the most
     queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
     queue_characters: Annotated[int, Field(ge=1)] = 300_000  # and their text in all: about 20 hours of speech
     cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # finished utterances kept for who asks again; 0: none

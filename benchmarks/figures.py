@@ -129,7 +129,7 @@ def overhead_figure(target: Target, rounds: int = 3) -> Row:
     settings = Settings()
     voice = Voices.load(settings.voices_file).resolve(target.voice)
     engine = EmbeddedVoice(threads=2)
-    recorder = engine._session = Recorder(engine._session)
+    recorder = engine._network._on_all = Recorder(engine._network._on_all)
     for utterance in split_utterances(STORY):
         engine.speak(utterance.text, voice.embedded.en)
     ratios, audio_s = [], 0.0

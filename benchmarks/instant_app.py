@@ -29,6 +29,7 @@ class InstantEngine:
     honours: frozenset[str] = frozenset()
     speed_range = (1.0, 1.0)
     slots = 1
+    first_alone = False
 
     def load(self) -> None:
         """Nothing to load."""
@@ -36,9 +37,9 @@ class InstantEngine:
     def check(self, voice: Voice) -> None:
         """Any voice will do."""
 
-    def can_speak(self, text: str) -> bool:
-        """Anything."""
-        return True
+    def unspoken(self, text: str) -> str:
+        """Nothing."""
+        return ""
 
     def fits(self, utterance: str) -> bool:
         """Any length."""

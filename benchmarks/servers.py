@@ -81,9 +81,9 @@ def resident_mb(pid: int) -> float:
 
 
 def resident_kb(pid: int) -> int:
-    """Return a process's resident memory in kB."""
+    """Return a process's resident memory in kB; of one that ended and is not reaped yet, 0."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")), 0)
 
 
 def cpu_s(pid: int) -> float:

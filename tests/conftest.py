@@ -18,6 +18,7 @@ class ScriptedEngine:
     honours = frozenset({"seed"})
     speed_range = (1.0, 1.0)
     slots = 1
+    first_alone = False
 
     def __init__(self):
         self.spoken, self.script, self.ailment = [], lambda text, options: None, None
