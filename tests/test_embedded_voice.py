@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,6 +51,26 @@ def test_a_blend_is_a_weighted_sum_and_a_bar_joins_halves():
 def test_an_unknown_style_is_told_the_styles():
     with pytest.raises(ValueError, match="am_onyx"):
         Styles().blend("nobody")
+
+
+def test_utterances_made_at_once_are_to_the_bit_what_they_are_alone(voice):
+    texts = ["今天天气很好。", "The boats lay still in the harbour.", "这个 bug 修好以后，请告诉我一声。"]
+    alone = [voice.speak(text, "am_onyx") for text in texts]
+    voice._network._on_one.result(60)
+    with ThreadPoolExecutor(len(texts)) as threads:
+        at_once = list(threads.map(lambda text: voice.speak(text, "am_onyx"), texts))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, at_once, strict=True))
+
+
+def test_an_utterance_alone_has_all_cores_and_one_beside_it_has_one(voice):
+    network = voice._network
+    single = network._on_one.result(60)
+    with network._session() as first, network._session() as second:
+        assert (first, second) == (network._on_all, single)
+    with network._session() as again:
+        assert again is network._on_all
+    cores = [session.get_session_options().intra_op_num_threads for session in (network._on_all, single)]
+    assert cores == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,6 +77,24 @@ def test_the_next_utterance_is_made_while_one_is_sent(speech, engine):
     audio = speech.speak(order(speech))
     next(audio)
     until(lambda: len(engine.spoken) == 2)
+    audio.close()
+
+
+@pytest.mark.parametrize("first_alone, begun", [(True, 1), (False, 2)])
+def test_a_first_utterance_is_made_alone_where_the_engine_is_faster_so(engine, first_alone, begun):
+    gate, engine.slots, engine.first_alone = threading.Event(), 2, first_alone
+    engine.script = lambda text, options: gate.wait(5) and None
+    speech = Speech(Settings(), engine)
+    speech.trouble = None
+    audio = speech.speak(order(speech))
+    with ThreadPoolExecutor(1) as reader:
+        first = reader.submit(next, audio)
+        until(lambda: len(engine.spoken) == begun)
+        time.sleep(0.1)
+        assert len(engine.spoken) == begun
+        gate.set()
+        first.result(5)
+        until(lambda: len(engine.spoken) >= 3)
     audio.close()
 
 
