@@ -18,7 +18,7 @@ SPEECH = "/v1/audio/speech"
 def server(tmp_path):
     """A real server whose engine is scripted and has a real process."""
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    with Server(tmp_path / "log", "scripted:create_app()", PYTHONPATH=paths, SCRIPT_DELAY_S="0.5") as running:
+    with Server(tmp_path / "log", "scripted:create_app()", PYTHONPATH=paths, SCRIPT_DELAY_S="1") as running:
         running.wait_until_ready()
         yield running
 
@@ -53,7 +53,7 @@ def health(server):
 
 
 def test_a_killed_engine_is_told_at_once_and_replaced(server):
-    answers, asked = [], {"model": "m", "input": "Hi. " * 99}
+    answers, asked = [], {"model": "m", "input": "Hi. " * 999}
     speaking = threading.Thread(target=lambda: answers.append(server.post(SPEECH, asked)))
     speaking.start()
     wait_for(lambda: json.loads(server.get("/health")[2])["requests"], 5)
