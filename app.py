@@ -118,6 +118,7 @@ NATIVE_PLACES = 16  # beyond the queue's, for native calls alone: the dubbing wo
 UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
 MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
 NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
+REST_S = 0.05  # of silence at either end of an answer: a word cut too close is misheard (你好 as 您好)
 PACE_WEIGHT = 0.2  # of an utterance in the engine's pace: about the last ten count
 LONG_SYLLABLES = 4 * FULL_SYLLABLES  # a text of about a minute
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
@@ -454,8 +455,10 @@ class Speech:
             self._await_loading(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
-                pause = silence(0 if last else utterance.pause_s / order.speed, order.sample_rate)
-                joined = AudioChunk(np.concatenate([spoken.samples, pause.samples]), order.sample_rate)
+                before = silence(0 if order.audio_s else REST_S / order.speed, order.sample_rate)
+                after = silence((REST_S if last else utterance.pause_s) / order.speed, order.sample_rate)
+                samples = np.concatenate([before.samples, spoken.samples, after.samples])
+                joined = AudioChunk(samples, order.sample_rate)
                 order.audio_s += joined.seconds
                 yield joined
 

