@@ -55,11 +55,6 @@ test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random mode
 	@venv=$$($(PYTHON) tests/omni/install.py) && \
 	PYTHONPATH=. "$$venv/bin/python" -m pytest -rA --tb=short --show-capture=no tests/omni
 
-.PHONY: test-omni-cached
-test-omni-cached: # for .ci/run: 5 GB are not fetched for every run
-	@if $(PYTHON) tests/omni/install.py --check; then $(MAKE) --no-print-directory test-omni; \
-	else echo "== SKIPPED: make test-omni: its environment is not in the cache folder, where that command puts it"; fi
-
 .PHONY: bench
 bench: install-bench ## measure this server and draw benchmarks/plots (half an hour)
 	$(BIN)/python benchmarks/figures.py
