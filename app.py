@@ -532,10 +532,8 @@ class Speech:
                     "it speaks Mandarin and English.", "input", "unspeakable_text",
                 )  # fmt: skip
         order.unspoken = self.engine.unspoken(order.text)
-        if any(map(str.isalnum, order.text)):
-            yield from split_to_fit(order.text, self.engine.fits, order.first_syllables, order.full_syllables)
-        else:
-            yield utterances[0]
+        spoken = any(map(str.isalnum, order.text))
+        yield from split_to_fit(utterances, self.engine.fits) if spoken else utterances[:1]
 
     def _synthesize(
         self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation

@@ -15,7 +15,6 @@ class SpeechError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
-
     retry_after_s: int | None = None
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, quoted: str = ""):

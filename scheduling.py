@@ -69,7 +69,8 @@ class Slots:
     def __init__(self, count: int):
         self._changed = threading.Condition()
         self._lines: list[Line] = []  # those with work waiting, the longest waiting first
-        self._idle = self._level = 0  # slots with nothing to do, the one more aside; what the last one served had
+        self._idle = 0  # slots with nothing to do, the one more aside
+        self._level = 0.0  # what the one served last had been given
         for number in range(count + 1):
             extra = number == count
             threading.Thread(target=self._serve, args=(extra,), name=f"slot-{number}", daemon=True).start()

@@ -92,18 +92,17 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
     return utterances
 
 
-def split_to_fit(
-    text: str, fits: Callable[[str], bool], first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES
-) -> Iterator[Utterance]:
-    """Split text into utterances, and those that do not fit the engine again at half the length.
+def split_to_fit(utterances: list[Utterance], fits: Callable[[str], bool]) -> Iterator[Utterance]:
+    """Yield the utterances, those that do not fit the engine split again at half the length.
 
     One by one, as asking takes a model time: it writes numbers out and counts tokens.
     """
-    for utterance in split_utterances(text, first, full):
+    for utterance in utterances:
         if fits(utterance.text) or len(utterance.text) == 1:
             yield utterance
             continue
-        *parts, last = split_to_fit(utterance.text, fits, first, min(full, count_syllables(utterance.text)) / 2)
+        halves = split_utterances(utterance.text, full=count_syllables(utterance.text) / 2)
+        *parts, last = split_to_fit(halves, fits)
         yield from (*parts, Utterance(last.text, utterance.pause_s))
 
 

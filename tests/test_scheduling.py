@@ -41,38 +41,26 @@ def held():
     held.let_go()
 
 
-def begun():
-    line = Line()
-    line.begun = True  # the slot for first utterances does not take it
-    return line
+def submit_all(held, given=0, **sizes):
+    """Work of these sizes for each request, which has begun: the slot for first utterances does not take it."""
+    for name, each in sizes.items():
+        line = Line()
+        line.begun, line.given = True, given
+        for size in each:
+            held.submit(line, size, name)
 
 
-def test_slots_go_round_robin_between_requests_with_utterances_of_one_size(held):
-    one, two = begun(), begun()
-    for n in range(3):
-        held.submit(one, 1, f"one {n}")
-    for n in range(2):
-        held.submit(two, 1, f"two {n}")
-    assert held.let_go() == ["one 0", "two 0", "one 1", "two 1", "one 2"]
-
-
-def test_a_request_with_long_utterances_has_fewer_turns(held):
-    long, short = begun(), begun()
-    for n in range(2):
-        held.submit(long, 3, f"long {n}")
-    for n in range(4):
-        held.submit(short, 1, f"short {n}")
-    assert held.let_go() == ["long 0", "short 0", "short 1", "short 2", "long 1", "short 3"]
+@pytest.mark.parametrize("size, turns", [(1, "ABABBB"), (3, "ABBBAB")], ids=["round robin", "fewer for long ones"])
+def test_slots_are_shared_by_the_size_of_what_is_done(held, size, turns):
+    submit_all(held, A=[size] * 2, B=[1] * 4)
+    assert held.let_go() == list(turns)
 
 
 def test_a_request_that_comes_late_does_not_make_up_for_it(held):
-    early, late = begun(), begun()
-    early.given = held.slots._level = 100
-    for n in range(2):
-        held.submit(early, 1, f"early {n}")
-    for n in range(2):
-        held.submit(late, 1, f"late {n}")
-    assert held.let_go() == ["early 0", "late 0", "early 1", "late 1"]
+    held.slots._level = 100
+    submit_all(held, given=100, A=[1] * 2)
+    submit_all(held, B=[1] * 2)
+    assert held.let_go() == list("ABAB")
 
 
 def test_a_new_request_does_not_wait_for_an_utterance_of_another(held):

@@ -14,7 +14,7 @@ from app import Order, create_app
 from engines import VllmEngine
 from errors import EngineFault, Unavailable
 from settings import Settings
-from utterances import split_to_fit
+from utterances import split_to_fit, split_utterances
 from vllm_engine import (
     DeadlinePassed,
     EngineDead,
@@ -344,13 +344,13 @@ class TestEmotion:
 
 def test_text_that_does_not_fit_is_cut_and_nothing_is_lost():
     text = "一二三四五六七八九十，" * 12
-    parts = list(split_to_fit(text, lambda part: len(part) <= 7))
+    parts = list(split_to_fit(split_utterances(text), lambda part: len(part) <= 7))
     assert all(len(part.text) <= 7 for part in parts)
     assert "".join(part.text for part in parts) == text
 
 
 def test_a_text_that_can_never_fit_ends():
-    assert len(list(split_to_fit("abc def", lambda _: False))) == len("abcdef")
+    assert len(list(split_to_fit(split_utterances("abc def"), lambda _: False))) == len("abcdef")
 
 
 def test_a_long_text_is_counted_as_it_is_spoken_and_not_before(app, voice):
