@@ -11,13 +11,13 @@ import importlib.resources
 import json
 import logging
 import re
-import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Literal
 
 import numpy as np
@@ -92,14 +92,19 @@ class Network:
     """The network, opened twice: an utterance alone runs on all cores, several at once on one core each.
 
     Measured on 2 cores: 5.2 times real time in two sessions of a thread, 4.5 in one of two threads; to the bit the same
-    samples. The second is opened in the background and costs 108 MB.
+    samples. The second costs 108 MB; it is opened in the background, and until it is there the first does for all.
     """
 
     def __init__(self, threads: int):
         model = unroll_convolutions(read_weights())
         self._on_all = open_session(model, threads)
-        self._on_one = ThreadPoolExecutor(1).submit(open_session, model, 1) if threads > 1 else Future()
-        self._running, self._lock = 0, threading.Lock()
+        self._on_one: onnxruntime.InferenceSession | None = None
+        self._running, self._lock = 0, Lock()
+        if threads > 1:  # no daemon: a process that ends while onnxruntime opens the network would crash
+            Thread(target=self._open_second, args=(model,), name="second session").start()
+
+    def _open_second(self, model: bytes) -> None:
+        self._on_one = open_session(model, 1)
 
     def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
         """Return the samples [n]."""
@@ -109,10 +114,10 @@ class Network:
     @contextmanager
     def _session(self) -> Iterator[onnxruntime.InferenceSession]:
         with self._lock:
-            beside_others = self._running > 0 and self._on_one.done()
+            session = self._on_one if self._running and self._on_one else self._on_all
             self._running += 1
         try:
-            yield self._on_one.result() if beside_others else self._on_all
+            yield session
         finally:
             with self._lock:
                 self._running -= 1
