@@ -31,10 +31,10 @@ from vllm_engine import Emotion, EngineLoop, Reference
 
 SPEAKER = ROOT / "examples" / "voice_01.wav"
 SENTENCES = (
-    "大家好，欢迎收看本期节目！",
-    "今天的天气真好，我们一起去散步吧？",
-    "人工智能正在改变世界。",
-    "请问这个多少钱？我想买两个。",
+    "大家好，欢迎收看本期节目。",
+    "今天的天气真好，我们去散步吧。",
+    "人工智能正在改变我们的世界。",
+    "请问这个东西一共要多少钱。",
 )
 STAGES = ("tokenize", "condition", "write", "sound")
 SEED = 5
@@ -130,9 +130,12 @@ class Bench:
         return await self.meter.stepped(work)
 
     async def infer(self, texts: tuple[str, ...]) -> Any:
-        """Speak the same with the checkout's infer(), which joins sentences that are short together."""
-        longest = max(map(self.voice.count_tokens, texts))
-        return await self.tts.infer(str(SPEAKER), "".join(texts), None, max_text_tokens_per_sentence=longest)
+        """Speak the same with the checkout's infer(); raise ValueError where it would cut the text elsewhere."""
+        text, longest = "".join(texts), max(map(self.voice.count_tokens, texts))
+        tokenizer = self.tts.tokenizer
+        if (pieces := len(tokenizer.split_sentences(tokenizer.tokenize(text), longest))) != len(texts):
+            raise ValueError(f"infer() would speak {len(texts)} sentences in {pieces} pieces")
+        return await self.tts.infer(str(SPEAKER), text, None, max_text_tokens_per_sentence=longest)
 
 
 def conditioning_rows(bench: Bench, rounds: int) -> list[Row]:
