@@ -94,6 +94,17 @@ def open_url(request: urllib.request.Request, timeout_s: float = 120) -> tuple[i
         return error.code, {k.lower(): v for k, v in error.headers.items()}, error.read()
 
 
+def watch_health(url: str, seconds: float) -> list[float]:
+    """Ask /health all the while; return how long each answer took. For a process of its own: a crowd's would be late."""
+    taken, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        began = time.monotonic()
+        assert open_url(urllib.request.Request(f"{url}/health"))[0] == 200
+        taken.append(time.monotonic() - began)
+        time.sleep(0.05)
+    return taken
+
+
 def decode(data: bytes, container: str | None = None) -> tuple[np.ndarray, int]:
     """Decode any container with FFmpeg; return float32 mono samples and the rate in Hz."""
     with av.open(io.BytesIO(data), format=container) as file:
