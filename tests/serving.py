@@ -95,7 +95,7 @@ def open_url(request: urllib.request.Request, timeout_s: float = 120) -> tuple[i
 
 
 def watch_health(url: str, seconds: float) -> list[float]:
-    """Ask /health all the while; return how long each answer took. For a process of its own: a crowd's would be late."""
+    """Ask /health all the while; return the seconds of each answer. In a crowd's own process it looks late."""
     taken, until = [], time.monotonic() + seconds
     while time.monotonic() < until:
         began = time.monotonic()

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from embedded_graph import unroll_convolutions
+from embedded_graph import FEATURES, split, unroll_convolutions
 from embedded_voice import ASSETS, Styles, read_weights, session_options
 
 
@@ -57,14 +57,27 @@ def test_a_convolution_gives_the_same_numbers(kernel, stride, dilation, pads):
     assert np.allclose(run(model, x=signal), run(faster, x=signal), rtol=1e-5, atol=1e-5)
 
 
-def test_the_voice_keeps_its_timing_and_its_sound():
+@pytest.fixture
+def inputs():
+    """What the network is given for a short text."""
     vocabulary = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     tokens = [vocabulary[symbol] for symbol in "həlˈO wˈɜɹld, ðə bˈOts lˈA stˈɪl."]
-    inputs = {
+    return {
         "tokens": np.array([[0, *tokens, 0]], np.int64),
         "style": Styles().table("am_onyx")[len(tokens) - 1][None],
         "speed": np.ones(1, np.float32),
     }
+
+
+def test_the_halves_give_to_the_bit_what_the_whole_gives(inputs):
+    model = unroll_convolutions(read_weights())
+    encoder, decoder = (onnxruntime.InferenceSession(half, session_options(2)) for half in split(model))
+    features = dict(zip(FEATURES, encoder.run(None, inputs), strict=True))
+    assert {value.name for value in decoder.get_inputs()} == {*FEATURES, "style"}
+    assert np.array_equal(decoder.run(None, {**features, "style": inputs["style"]})[0], run(model, **inputs))
+
+
+def test_the_voice_keeps_its_timing_and_its_sound(inputs):
     plain, faster = (run(model, **inputs).ravel() for model in (read_weights(), unroll_convolutions(read_weights())))
     assert len(plain) == len(faster)
     levels = [np.sqrt(np.mean(samples**2)) for samples in (plain, faster)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import embedded_voice
-from embedded_voice import Cancelled, EmbeddedVoice, Styles, WeightsError, read_weights
+from embedded_voice import SILENT_FRAMES, Cancelled, EmbeddedVoice, Styles, WeightsError, read_weights, without_silence
 from settings import HERE
 
 
@@ -53,7 +53,7 @@ def test_an_unknown_style_is_told_the_styles():
         Styles().blend("nobody")
 
 
-def second_session(voice):
+def second_model(voice):
     """The network on one core, once it is open."""
     end = time.monotonic() + 60
     while not voice._network._on_one:
@@ -65,19 +65,55 @@ def second_session(voice):
 def test_utterances_made_at_once_are_to_the_bit_what_they_are_alone(voice):
     texts = ["今天天气很好。", "The boats lay still in the harbour.", "这个 bug 修好以后，请告诉我一声。"]
     alone = [voice.speak(text, "am_onyx") for text in texts]
-    second_session(voice)
+    second_model(voice)
     with ThreadPoolExecutor(len(texts)) as threads:
         at_once = list(threads.map(lambda text: voice.speak(text, "am_onyx"), texts))
     assert all(np.array_equal(one, other) for one, other in zip(alone, at_once, strict=True))
 
 
+def features(energy):
+    """What the encoder would give: one number a frame for the phonemes, two for the pitch and the energy."""
+    frames = np.arange(len(energy), dtype=np.float32)
+    return frames[None, None], np.repeat(frames, 2)[None], np.repeat(np.float32(energy), 2)[None]
+
+
+def test_frames_of_silence_at_the_ends_are_left_out_but_a_few():
+    kept = without_silence(*features([-9] * 12 + [5, 4, -9, -9, 6] + [-9] * 20))
+    assert kept[0].ravel().tolist() == list(range(12 - SILENT_FRAMES, 17 + SILENT_FRAMES))
+    assert all(np.array_equal(part.ravel(), np.repeat(kept[0].ravel(), 2)) for part in kept[1:2])
+    assert kept[2].shape == kept[1].shape
+
+
+@pytest.mark.parametrize("energy", [[-9] * 5, [-9, 5, 5, -9], [5] * 3])
+def test_what_is_short_or_all_silent_is_kept_whole(energy):
+    given = features(energy)
+    assert all(np.array_equal(one, other) for one, other in zip(given, without_silence(*given), strict=True))
+
+
+def loudness_db(samples):
+    """Level of the frames of 25 ms that are within 20 dB of the loudest."""
+    frames = samples[: len(samples) // 600 * 600].reshape(-1, 600)
+    power = np.mean(frames**2, axis=1)
+    return 10 * np.log10(power[power > power.max() / 100].mean())
+
+
+@pytest.mark.parametrize("style", ["am_michael*0.8+zm_yunyang*0.2|zm_yunyang", "zf_xiaoxiao"])
+def test_a_short_text_is_as_loud_as_a_long_one_and_has_little_silence(voice, style):
+    texts = ["技术。", "你好世界。", "人工智能正在改变世界，很多人都在学习新的技术，也有人担心自己的工作。"]
+    spoken = [voice.speak(text, style) for text in texts]
+    assert np.ptp([loudness_db(samples) for samples in spoken]) < 1.5
+    for samples in spoken:
+        loud = np.flatnonzero(np.abs(samples) > 10 ** (-50 / 20)) / 24_000
+        assert 0.02 < loud[0] < 0.3 and 0.02 < len(samples) / 24_000 - loud[-1] < 0.3
+
+
 def test_an_utterance_alone_has_all_cores_and_one_beside_it_has_one(voice):
-    network, single = voice._network, second_session(voice)
-    with network._session() as first, network._session() as second:
+    network, single = voice._network, second_model(voice)
+    with network._model() as first, network._model() as second:
         assert (first, second) == (network._on_all, single)
-    with network._session() as again:
+    with network._model() as again:
         assert again is network._on_all
-    cores = [session.get_session_options().intra_op_num_threads for session in (network._on_all, single)]
+    cores = [model._decoder.get_session_options().intra_op_num_threads for model in (network._on_all, single)]
     assert cores == [2, 1]
 
 
