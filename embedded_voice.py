@@ -25,6 +25,7 @@ import numpy as np
 from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
 from embedded_graph import FEATURES, split, unroll_convolutions
 from quiet_onnxruntime import onnxruntime
+from scheduling import give_way
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SAMPLE_RATE = 24_000  # Hz
@@ -154,7 +155,7 @@ class EmbeddedVoice:
     """Speaks one utterance at a time for each calling thread."""
 
     def __init__(self, threads: int = 2, lexicon: Path | None = None, cache_dir: Path | None = None):
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1, initializer=give_way) as beside:
             network = beside.submit(Network, threads)
             self._g2p = G2P(lexicon, cache_dir)
             self._network = network.result()

@@ -1,5 +1,6 @@
 """Slots, shared jobs and the cache."""
 
+import os
 import threading
 import time
 
@@ -12,6 +13,13 @@ from scheduling import Cancellation, Jobs, Line, Slots
 def jobs():
     """Two slots and a cache of ten bytes, a character a byte."""
     return Jobs(Slots(2), 10, len)
+
+
+def test_what_computes_gives_way_to_what_answers():
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert Slots(1).submit(Line(), 1, niceness).result(5) > niceness()
 
 
 class Held:
