@@ -1,6 +1,6 @@
 """Rewrite Kokoro's dynamically quantised ONNX graph so that onnxruntime's CPU kernels run it faster; same weights.
 
-split() cuts it in two where all that the sound needs is known, so that silence is never turned into samples.
+split() cuts it in two where all that the sound needs is known, so that silence at its ends need not be made.
 
 onnxruntime's ConvInteger unfolds its input element by element on one thread and multiplies two unsigned operands,
 for which x86 has no int8 instruction. Here a convolution is a Gather of whole frames and a product with signed
@@ -47,14 +47,19 @@ def unroll_convolutions(model: bytes, signed: bool | None = None) -> bytes:
 
 def split(model: bytes) -> tuple[bytes, bytes]:
     """Return the serialised encoder, of the model's inputs, and the decoder, of FEATURES and style."""
-    encoder, decoder = onnx.load_from_string(model), onnx.load_from_string(model)
-    prune(encoder.graph, FEATURES)
-    prune(decoder.graph, [output.name for output in decoder.graph.output], FEATURES)
-    return encoder.SerializeToString(), decoder.SerializeToString()
+    return part(model, outputs=FEATURES), part(model, inputs=FEATURES)
 
 
-def prune(graph: GraphProto, outputs: Sequence[str], inputs: Sequence[str] = ()) -> None:
-    """Keep what makes these outputs, and nothing before `inputs`, float32 tensors that come from outside now."""
+def part(model: bytes, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> bytes:
+    """Return the part of a serialised model between `inputs`, float32, or its own, and `outputs`, or its own."""
+    parsed = onnx.load_from_string(model)
+    prune(parsed.graph, inputs, outputs)
+    return parsed.SerializeToString()
+
+
+def prune(graph: GraphProto, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> None:
+    """Keep what makes these outputs, else the graph's own, and nothing before `inputs`, which come from outside now."""
+    outputs = outputs or [output.name for output in graph.output]
     alive, nodes = set(outputs), []
     for node in reversed(graph.node):
         if not alive.isdisjoint(node.output) and set(inputs).isdisjoint(node.output):
@@ -109,7 +114,7 @@ class _Surgery:
                 self.keep(node)
         refill(graph.node, self.nodes)
         refill(graph.initializer, list(self.constants.values()))
-        prune(graph, [output.name for output in graph.output])
+        prune(graph)
         return self.model.SerializeToString()
 
     def keep(self, node: NodeProto) -> None:

@@ -98,7 +98,7 @@ class Model:
         self._encoder, self._decoder = (open_session(half, threads) for half in halves)
 
     def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
-        """Return the samples [n], with SILENT_FRAMES of silence at either end."""
+        """Return the samples [n], with up to SILENT_FRAMES of silence at either end."""
         spoken = without_silence(*self._encoder.run(None, inputs, options))
         features = dict(zip(FEATURES, spoken, strict=True))
         return self._decoder.run(None, {**features, "style": inputs["style"]}, options)[0].ravel()
@@ -107,7 +107,7 @@ class Model:
 def without_silence(phonemes: np.ndarray, pitch: np.ndarray, energy: np.ndarray) -> tuple[np.ndarray, ...]:
     """Leave out the frames before and after the speech: a third of a second and half of one, in Mandarin twice that.
 
-    The decoder's norms are over time: a short text with its silence came out up to 6 dB louder than a long one.
+    The decoder's norms are over time: a short text with its silence came out up to 4 dB louder than a long one.
     """
     loud = np.flatnonzero(energy.ravel() > SILENT_ENERGY) // 2
     if not loud.size:
@@ -119,7 +119,7 @@ def without_silence(phonemes: np.ndarray, pitch: np.ndarray, energy: np.ndarray)
 class Network:
     """The network, opened twice: an utterance alone runs on all cores, several at once on one core each.
 
-    Measured on 2 cores: 5.2 times real time in two sessions of a thread, 4.5 in one of two threads; to the bit the same
+    Measured on 2 cores: 5.2 times real time in two models of a thread, 4.5 in one of two threads; to the bit the same
     samples. The second costs 108 MB; it is opened in the background, and until it is there the first does for all.
     """
 

@@ -13,6 +13,7 @@ import statistics
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from servers import ROOT, Server, leave_on_term, own_server
@@ -61,7 +62,7 @@ class BusyWatch:
 
     def __init__(self, server: Server):
         self.server, self.seen, self.over = server, [], threading.Event()
-        self.thread = threading.Thread(target=self.watch)
+        self.pool = ThreadPoolExecutor(1)
 
     def watch(self) -> None:
         """Note each answer."""
@@ -69,12 +70,12 @@ class BusyWatch:
             self.seen.append(told(self.server, "speech_slots_busy"))
 
     def __enter__(self) -> list[float]:
-        self.thread.start()
+        self.watching = self.pool.submit(self.watch)
         return self.seen
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        self.thread.join()
+        self.watching.result()
 
 
 def task_figures(server: Server, count: int) -> list[Row]:
@@ -86,7 +87,6 @@ def task_figures(server: Server, count: int) -> list[Row]:
     low, *_, high = statistics.quantiles(worker.seconds.values(), n=20)
     middle = statistics.median(worker.seconds.values())
     rows = [["of the task's time, with an utterance in the making", f"{np.mean(np.array(busy) > 0):.1%}", "95 %"]]
-    rows.append(["utterances in the making, on average", f"{np.mean(busy):.2f}", ""])
     rows.append([f"a segment of {count}, s: median (5 % to 95 %)", f"{middle:.2f} ({low:.2f} to {high:.2f})", ""])
     resident = sorted(worker.resident_mb.items())
     return rows + [[f"memory after {number} segments, MB", f"{mb:.0f}", "flat"] for number, mb in resident]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,10 @@ def test_no_name_means_the_default_and_an_unknown_one_is_refused(voices):
     (lambda text: text.replace('"id": "fable"', '"id": "echo"'), 12, "two voices have the id 'echo'"),
     (lambda text: text.replace('"marin": "', '"marin": "x'), 51, "marin"),
     (lambda text: text.replace('"voices"', '"choirs"'), 1, "voices"),
-    (lambda text: text.replace('"en": 4.6', '"en": Infinity'), 4, "finite"),
-    (lambda text: text.replace('"en": 4.5, ', ""), 4, "gain_db.en Field required"),
+    (lambda text: re.sub('"en": [0-9.]+', '"en": Infinity', text, count=1), 4, "finite"),
+    (lambda text: re.sub('"en": [0-9.]+, ', "", text, count=1), 4, "gain_db.en Field required"),
     (lambda text: text.replace('"marin"', '"echo"'), 51, "is the id of a voice"),
-        (lambda text: text.replace('"en": 4.6', '"en": 1e300'), 4, "less than or equal to 20"),
+    (lambda text: re.sub('"en": [0-9.]+', '"en": 1e300', text, count=1), 4, "less than or equal to 20"),
 ])  # fmt: skip
 def test_a_broken_file_is_refused_with_its_line(tmp_path, change, line, reason):
     path = broken(tmp_path, change)
