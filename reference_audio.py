@@ -22,7 +22,7 @@ QUIET = 10 ** (-50 / 20)  # -50 dBFS: a peak below it is silence
 WANTED = f"give {MIN_S:g} to {MAX_S:g} s of speech"
 CACHED = 64  # decoded files kept: 30 s at 48 kHz are 6 MB
 DECODER = Path(__file__).resolve().parent / "audio_decoder.py"
-DECODE_TIMEOUT_S = 10  # of waiting for a second of CPU
+DECODE_TIMEOUT_S = 60  # of waiting for a second of CPU: at a start on a busy machine ten were too few
 
 
 class BadReference(ValueError):
