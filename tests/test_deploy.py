@@ -1,5 +1,6 @@
 """deploy_openai_api.sh for real: throw-away folders, the embedded engine, and releases that fail as asked."""
 
+import itertools
 import os
 import re
 import signal
@@ -376,11 +377,11 @@ def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp
     command = ["bash", str(releases["b"] / SCRIPT)]
     environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert any("putting back" in line for line in running.stdout)
+    said = list(itertools.takewhile(lambda line: "putting back" not in line, running.stdout))
     while running.poll() is None:
         os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
         time.sleep(0.02)
-    assert running.returncode == ROLLED_BACK, running.stdout.read()
+    assert running.returncode == ROLLED_BACK, (said, running.stdout.read())
     assert (served.release(), settled(served)) == (served.first, before)
 
 
