@@ -28,7 +28,7 @@ together with TTS_*, CUDA_*, HF_*, VLLM_* and LD_LIBRARY_PATH; give one again, o
   PYTHON *           its interpreter; default: the running server's, else APP_DIR/.venv, else python3
   HOST *             0.0.0.0, the address to listen on
   PORT *             6006
-  UNIT *             a systemd unit that runs the server; default: none, nohup and setsid are used
+  UNIT *             a systemd unit that runs the server; default: none, nohup is used
   HEALTH_TIMEOUT_S   300, for a server to load and to speak
   STOP_TIMEOUT_S     30, for running requests to finish before the server is killed
   KEEP_BACKUPS       5; the very first one is always kept
@@ -349,7 +349,7 @@ unit_is_active() { [[ $UNIT ]] && systemctl is-active --quiet "$UNIT"; }
 start_server() {
   rotate_logs
   if [[ $UNIT && ! -e $APP_DIR/${STARTED[0]} ]]; then systemctl start "$UNIT" 9<&-; return 0; fi
-  { trap - INT TERM; if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi; } \
+  if [[ -e $APP_DIR/${STARTED[0]} ]]; then run_as_it_was; else run_gunicorn; fi \
     >>"$SERVER_LOG" 2>&1 </dev/null 9<&- &
   echo "$! $(born $!)" >"$PIDFILE"
   log "started process $!"
@@ -358,7 +358,18 @@ start_server() {
 run_gunicorn() {
   cd "$APP_DIR"
   export PATH=${PYTHON%/*}:$PATH PYTHONUNBUFFERED=1
-  exec nohup setsid "$PYTHON" -m gunicorn -c gunicorn.conf.py 'app:create_app()'
+  in_own_session "$PYTHON" -m gunicorn -c gunicorn.conf.py 'app:create_app()'
+}
+
+# Become a command in a session of its own, where a Ctrl-C here does not reach it. Until then the signals that this
+# script ignores stay ignored; then they mean again what they do, which neither bash nor setsid can bring about.
+in_own_session() {
+  exec nohup "$PYTHON" -ISc '
+import os, signal, sys
+os.setsid()
+for name in "SIGINT", "SIGTERM", "SIGQUIT", "SIGPIPE", "SIGXFSZ":
+    signal.signal(signal.Signals[name], signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])' "$@"
 }
 
 # Start a server that is not ours the way it had been started.
@@ -367,7 +378,7 @@ run_as_it_was() {
   mapfile -d '' -t environment <"$APP_DIR/run/started/environ"
   mapfile -d '' -t command <"$APP_DIR/run/started/cmdline"
   cd "$(<"$APP_DIR/run/started/cwd")"
-  exec env -i "${environment[@]}" nohup setsid "${command[@]}"
+  in_own_session env -i "${environment[@]}" "${command[@]}"
 }
 
 # Begin a new log once this one is large; see deploy/logrotate.conf for a server that runs for months.
@@ -428,7 +439,7 @@ preflight() {
 check_release() {
   local file command
   [[ $SOURCE != "${APP_DIR:-}" ]] || fail "$SOURCE is APP_DIR: put the new release into a folder of its own"
-  for command in curl flock setsid nohup sha256sum tar realpath; do
+  for command in curl flock nohup sha256sum tar realpath; do
     type -P "$command" >/dev/null || fail "the command $command is missing"
   done
   for file in "${RELEASE_FILES[@]}"; do

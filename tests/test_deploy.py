@@ -385,6 +385,16 @@ def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp
     assert (served.release(), settled(served)) == (served.first, before)
 
 
+def test_ctrl_c_just_as_the_old_release_starts_again_leaves_it_serving(served, releases, tmp_path):
+    before, action = settled(served), tmp_path / "action at run_gunicorn"
+    interrupt = f'case "${{FUNCNAME[*]}}" in *put_back*) kill -INT 0 ;; *) mv "{action}.done" "{action}" ;; esac'
+    environment = served.environment | {"BASH_ENV": at_step("run_gunicorn", interrupt, tmp_path)}
+    command = ["bash", str(releases["silence"] / SCRIPT)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    assert told.returncode == ROLLED_BACK, told
+    assert not action.exists() and (served.release(), settled(served)) == (served.first, before)
+
+
 def test_a_file_that_cannot_be_put_back_is_told(served, releases, tmp_path):
     block = at_step("verify", 'mkdir -p "$APP_DIR/access.py.new/access.py"', tmp_path)
     status, said = served.run(source=releases["silence"], BASH_ENV=block)
