@@ -115,6 +115,11 @@ STEPS = (
 )  # fmt: skip
 
 
+def heed_interrupts() -> None:
+    """Let SIGINT end what is run next: tests that run in the background ignore it, and bash could not change that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def at_step(step: str, command: str, folder: Path) -> str:
     """Write what makes bash (by BASH_ENV) run a command once a deploy has come to a step; return its path."""
     trap, action = folder / f"at {step}", folder / f"action at {step}"
@@ -201,10 +206,11 @@ class Box:
             os.kill(pid, signal.SIGKILL)
 
     def start(self, *arguments: str, source: Path = REPOSITORY, **environment: str) -> subprocess.Popen:
-        """Start the script of a release."""
+        """Start the script of a release as a terminal does: in a group of its own, which Ctrl-C reaches."""
         return subprocess.Popen(
             ["bash", str(source / SCRIPT), *arguments], env=self.environment | environment, cwd="/",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     def run(self, *arguments: str, source: Path = REPOSITORY, **environment: str) -> tuple[int, str]:

@@ -374,9 +374,7 @@ def test_an_interrupted_restart_says_that_nothing_serves(served, tmp_path):
 
 def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp_path):
     before = settled(served)
-    command = ["bash", str(releases["b"] / SCRIPT)]
-    environment = served.environment | {"BASH_ENV": at_step("wait_healthy", "kill -INT 0", tmp_path)}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    running = served.start(source=releases["b"], BASH_ENV=at_step("wait_healthy", "kill -INT 0", tmp_path))
     said = list(itertools.takewhile(lambda line: "putting back" not in line, running.stdout))
     while running.poll() is None:
         os.killpg(running.pid, signal.SIGINT)  # it and its children, as a terminal does
@@ -388,10 +386,8 @@ def test_ctrl_c_again_and_again_gives_the_old_release_back(served, releases, tmp
 def test_ctrl_c_just_as_the_old_release_starts_again_leaves_it_serving(served, releases, tmp_path):
     before, action = settled(served), tmp_path / "action at run_gunicorn"
     interrupt = f'case "${{FUNCNAME[*]}}" in *put_back*) kill -INT 0 ;; *) mv "{action}.done" "{action}" ;; esac'
-    environment = served.environment | {"BASH_ENV": at_step("run_gunicorn", interrupt, tmp_path)}
-    command = ["bash", str(releases["silence"] / SCRIPT)]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
-    assert told.returncode == ROLLED_BACK, told
+    status, said = served.run(source=releases["silence"], BASH_ENV=at_step("run_gunicorn", interrupt, tmp_path))
+    assert status == ROLLED_BACK, said
     assert not action.exists() and (served.release(), settled(served)) == (served.first, before)
 
 
