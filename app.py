@@ -524,7 +524,9 @@ class Speech:
 
     def _speakable(self, order: Order) -> Iterator[Utterance]:
         """Yield the utterances; before the first, raise InvalidRequest where a part has letters and none is read."""
-        utterances = split_utterances(order.text, order.first_syllables, order.full_syllables)
+        utterances = split_utterances(
+            order.text, order.first_syllables, order.full_syllables, self.engine.usual_syllables
+        )
         for part in [*split_sentences(order.text), *(utterance.text for utterance in utterances)]:
             if (letters := set(filter(str.isalnum, part))) and letters <= set(self.engine.unspoken(part)):
                 raise InvalidRequest(

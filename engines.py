@@ -17,7 +17,7 @@ from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
 from scheduling import Cancellation
 from settings import HERE, Settings
-from utterances import count_syllables
+from utterances import FULL_SYLLABLES, count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 from voices import Voice
 
@@ -53,6 +53,7 @@ class Engine(Protocol):
     honours: frozenset[str]  # request fields that have an effect on this engine
     speed_range: tuple[float, float]  # speeds it speaks by itself, duration within a few per cent; beyond, stretch()
     slots: int  # utterances that it makes well at once
+    usual_syllables: float  # of an utterance, where the text can be cut there unheard
     first_alone: bool  # it makes one sooner than several: a request's first utterance is not made beside its second
 
     def load(self) -> None:
@@ -93,6 +94,7 @@ class EmbeddedEngine:
     honours: frozenset[str] = frozenset()
     speed_range = (1.0, 1.0)  # the network rounds each sound to frames: at 0.8 or 1.25 it is up to 15 % off
     first_alone = True
+    usual_syllables = 24  # longer ones are made no faster, and whoever asks for a short text waits longer
 
     def __init__(self, settings: Settings):
         self._settings = settings
@@ -150,6 +152,7 @@ class VllmEngine:
     sample_rate = 22_050
     can_clone = can_emote = True
     first_alone = False
+    usual_syllables = FULL_SYLLABLES
     honours = frozenset(ENGINE_OPTIONS)
 
     def __init__(self, name: str, settings: Settings, model: str, create: Callable[[Settings], Any], slots: int = 8):

@@ -77,10 +77,15 @@ def find_breaks(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES) -> list[Utterance]:
-    """Split text at its natural breaks: a short utterance first, then longer and longer ones."""
+def split_utterances(
+    text: str, first: float = FIRST_SYLLABLES, full: float = FULL_SYLLABLES, usual: float = FULL_SYLLABLES
+) -> list[Utterance]:
+    """Split text at its natural breaks: a short utterance first, then longer and longer ones up to about `usual`.
+
+    One is longer, up to `full`, only where no sentence or clause ends sooner.
+    """
     reach = [0.0, *itertools.accumulate(map(syllables, text))]
-    utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full)
+    utterances, marks, start, limit = [], find_breaks(text), 0, min(first, full, usual)
     while start < len(text):
         marks = [mark for mark in marks if mark[0] > start]
         sizes = (min(full, limit * times) for times in (1, 2, 2.5))
@@ -88,7 +93,7 @@ def split_utterances(text: str, first: float = FIRST_SYLLABLES, full: float = FU
         end, strength = choose_break(marks, near, far, awaited, len(text)) or (whole_words(text, start, far), WORD)
         if piece := " ".join(text[start:end].split()):
             utterances.append(Utterance(piece, PAUSE_S[strength]))
-        start, limit = end, min(full, limit * GROWTH)
+        start, limit = end, min(full, usual, limit * GROWTH)
     return utterances
 
 

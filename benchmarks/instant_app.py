@@ -30,6 +30,7 @@ class InstantEngine:
     speed_range = (1.0, 1.0)
     slots = 1
     first_alone = False
+    usual_syllables = 56
 
     def load(self) -> None:
         """Nothing to load."""

@@ -19,6 +19,7 @@ class ScriptedEngine:
     speed_range = (1.0, 1.0)
     slots = 1
     first_alone = False
+    usual_syllables = 56
 
     def __init__(self):
         self.spoken, self.script, self.ailment = [], lambda text, options: None, None

@@ -12,7 +12,7 @@ import pytest
 from app import Order, Speech
 from errors import Busy, ClientGone, EngineFault, Unavailable
 from settings import Settings
-from utterances import split_utterances
+from utterances import count_syllables, split_utterances
 
 SENTENCES = "The first sentence is here. Then comes the second one. And a third one ends it all now. A fourth follows."
 SPEECH = "/v1/audio/speech"
@@ -71,6 +71,18 @@ def test_the_pace_follows_the_engine(speech, engine):
     for _ in speech.speak(order(speech)):
         pass
     assert speech.first_syllables(long) < before
+
+
+def test_utterances_are_as_long_as_the_engine_likes_them(speech, engine):
+    def longest():
+        engine.spoken.clear()
+        for _ in speech.speak(order(speech, SENTENCES * 8)):
+            pass
+        return max(map(count_syllables, engine.spoken))
+
+    usual = longest()
+    engine.usual_syllables = usual / 2
+    assert longest() <= usual / 2
 
 
 def test_the_next_utterance_is_made_while_one_is_sent(speech, engine):

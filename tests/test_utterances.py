@@ -11,6 +11,7 @@ from utterances import (
     PARAGRAPH,
     PAUSE_S,
     SENTENCE,
+    count_syllables,
     find_breaks,
     split_utterances,
     syllables,
@@ -25,6 +26,18 @@ LONG_EN = (
 def texts(text):
     """The utterances' texts."""
     return [utterance.text for utterance in split_utterances(text)]
+
+
+@pytest.mark.parametrize("text", [LONG_ZH, LONG_EN])
+def test_utterances_are_as_long_as_is_usual_where_there_are_clauses(text):
+    pieces = [utterance.text for utterance in split_utterances(text, usual=20)]
+    assert max(map(count_syllables, pieces)) <= 25 < max(map(count_syllables, texts(text)))
+    assert all(piece[-1] in ",.，。" for piece in pieces)
+
+
+def test_a_clause_longer_than_is_usual_is_not_cut():
+    sentence = "the committee that had been asked to look after the harbour and the lighthouse met on a Tuesday evening"
+    assert [utterance.text for utterance in split_utterances("Yes. " + sentence, first=24, usual=24)][-1] == sentence
 
 
 @pytest.mark.parametrize("text", [
