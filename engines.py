@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +86,7 @@ class Engine(Protocol):
 
 
 class EmbeddedEngine:
-    """Kokoro-82M int8 on onnxruntime: any CPU."""
+    """Kokoro-82M int8 on onnxruntime, on any CPU, its decoder on OpenVINO where that is faster."""
 
     name, model = "embedded", "kokoro-82m-int8"
     sample_rate = 24_000
@@ -98,13 +99,23 @@ class EmbeddedEngine:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self.slots = settings.threads or min(4, os.cpu_count() or 1)
+        self._threads = settings.threads or min(4, os.cpu_count() or 1)
+        self._runtime = find_runtime() if settings.embedded_runtime == "auto" else settings.embedded_runtime
+        self.slots = 1 if self._runtime == "openvino" else self._threads  # it makes one utterance on all cores
 
     def load(self) -> None:
         """Load the weights and the pronunciation data."""
         from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
 
-        self._voice = EmbeddedVoice(self.slots, self._settings.lexicon, self._settings.cache_dir)
+        open_on = partial(EmbeddedVoice, self._threads, self._settings.lexicon, self._settings.cache_dir)
+        try:
+            self._voice = open_on(self._runtime)
+        except Exception:
+            if self._settings.embedded_runtime != "auto" or self._runtime == "onnxruntime":
+                raise
+            log.exception("OpenVINO does not work here; the embedded voice speaks on onnxruntime")
+            self._runtime = "onnxruntime"
+            self._voice = open_on(self._runtime)
 
     def check(self, voice: Voice) -> None:
         """Raise ValueError on a style that there is not."""
@@ -124,8 +135,8 @@ class EmbeddedEngine:
         return voice.embedded.model_dump_json()
 
     def report(self) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
+        """What the decoder runs on."""
+        return {"runtime": self._runtime}
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance in the style that the voice has for its language."""
@@ -306,6 +317,7 @@ ENGINES: dict[str, Callable[[Settings], Engine]] = {
     "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts, slots=4),
     "embedded": EmbeddedEngine,
 }
+CPU_INFO = Path("/proc/cpuinfo")
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
 
 
@@ -324,3 +336,12 @@ def find_engine(settings: Settings) -> str:
         return "omni"
     needed = (checkout / "indextts" / "infer_vllm_v2.py", checkout / settings.model_dir / "config.yaml")
     return "indextts" if all(path.is_file() for path in needed) else "embedded"
+
+
+def find_runtime() -> str:
+    """Return openvino where it is installed and the CPU multiplies int8 in AVX-512, else onnxruntime.
+
+    Elsewhere OpenVINO is not known to be faster, or right.
+    """
+    multiplies = CPU_INFO.is_file() and " avx512_vnni" in CPU_INFO.read_text()
+    return "openvino" if multiplies and importlib.util.find_spec("openvino") else "onnxruntime"

@@ -65,8 +65,8 @@ class Slots:
     """The engine's slots, given per utterance and evenly between requests; one more is only for first utterances.
 
     The next slot goes to the request that was given least, a new one counting as level with the others: start-time
-    fair queueing (Goyal, Vin and Cheng, 1996). The one more is used when the others are taken: a short text then does
-    not wait for the end of an utterance of a long one.
+    fair queueing (Goyal, Vin and Cheng, 1996). The one more is used when the others are taken: a short text then
+    waits for no more of a long one than the engine has in hand.
     """
 
     def __init__(self, count: int):

@@ -51,6 +51,7 @@ class Settings:
     voices_file: Path = HERE / "voices.json"
     reference_dirs: Annotated[tuple[Path, ...], BeforeValidator(split_folders)] = (HERE / "examples",)  # A:B:C
     max_reference_bytes: Annotated[int, Field(ge=1024)] = 32 << 20
+    embedded_runtime: Literal["auto", "openvino", "onnxruntime"] = "auto"  # auto takes the faster one on this CPU
     lexicon: Path | None = None  # pronunciations, word = reading, one a line
     cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
     api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open

@@ -1,0 +1,13 @@
+"""OpenVINO without its telemetry, which writes into the home folder and sends an event at every import.
+
+Import it from here, never directly.
+"""
+
+import os
+import sys
+
+sys.modules["openvino_telemetry"] = None  # importing it fails then, and OpenVINO takes the stub that it brings along
+# With AMX, OpenVINO's int8 kernels are made anew for each length, at 4.5 CPU seconds and 4 GB: so it goes without AMX.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+
+import openvino  # noqa: E402, F401

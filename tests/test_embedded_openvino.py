@@ -1,0 +1,197 @@
+"""The decoder for OpenVINO: each rewrite gives the numbers of what it replaces, and every voice the same sound."""
+
+import threading
+from contextlib import suppress
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from test_embedded_graph import quantised_convolution
+
+import embedded_openvino
+import embedded_voice
+import engines
+from embedded_graph import split
+from embedded_openvino import ForOpenVINO, for_openvino, read_ranges
+from embedded_voice import Cancelled, EmbeddedVoice, read_weights
+from engines import EmbeddedEngine, SynthesisOptions, find_runtime
+from quiet_openvino import openvino
+from scheduling import Cancellation
+from settings import Settings
+from voices import Voices
+
+VOICES = Voices.load(Settings().voices_file).voices
+TEXTS = {
+    "en": "By noon the wind had turned, and nobody who knew the coast went out.",
+    "zh": "渡口只有一条旧船，船主想找一个帮手。",
+    "mixed": "这个bug其实不难，小林很快就找到了原因。",
+}
+
+
+def model_of(node_list, constants, channels):
+    """A serialised model from x [1, channels, t] to y."""
+    graph = helper.make_graph(
+        node_list,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, "t"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+def operators(model):
+    """The kinds of operator in a serialised model."""
+    return {node.op_type for node in onnx.load_from_string(model).graph.node}
+
+
+def run(model, x):
+    """What a serialised model makes of x, in onnxruntime."""
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def run_in_openvino(model, x):
+    """The same in OpenVINO, in float32 where it is not int8."""
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compiled([x])[0]
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (7, 3), (11, 5)])
+def test_an_integer_convolution_is_one_of_the_numbers_that_its_weights_stand_for(kernel, dilation):
+    pads = [dilation * (kernel - 1) // 2] * 2
+    model = quantised_convolution(kernel, dilation=dilation, pads=pads)
+    signal = np.random.default_rng(1).normal(size=(1, 16, 97)).astype(np.float32)
+    rewritten = ForOpenVINO(model, None).result()
+    assert operators(rewritten) == {"Conv"}
+    step = np.ptp(signal) / 255  # half of one is what the integer form may be off for each product
+    weights = (np.random.default_rng(kernel).integers(0, 255, (32, 16, kernel)) - 128.0) * 0.01
+    bound = step / 2 * np.abs(weights).sum(axis=(1, 2)).max()
+    assert np.abs(run(model, signal) - run(rewritten, signal)).max() < bound
+
+
+@pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
+def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
+    monkeypatch.setattr(embedded_openvino, "INT8_PART", "x")
+    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
+    signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
+    rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
+    assert ("QuantizeLinear" in operators(rewritten)) == quantised
+    exact = run(ForOpenVINO(model, None).result(), signal)
+    for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
+        assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3, 100])
+def test_the_chain_is_the_sine_squared(scale):
+    nodes = [helper.make_node("Sin", ["x"], ["s"]), helper.make_node("Pow", ["s", "two"], ["y"])]
+    model = model_of(nodes, {"two": np.array(2, np.float32)}, 4)
+    rewritten = ForOpenVINO(model, None).result()
+    assert "Sin" not in operators(rewritten)
+    x = (scale * np.random.default_rng(3).normal(size=(1, 4, 5000))).astype(np.float32)
+    exact = np.sin(x.astype(np.float64)) ** 2
+    assert np.abs(run(rewritten, x) - exact).max() < 2e-3
+    assert np.abs(run_in_openvino(rewritten, x) - exact).max() < 2e-3
+
+
+@pytest.mark.parametrize("stride", [10, 6])
+def test_a_transposed_convolution_is_a_convolution_and_a_transposition(stride):
+    rng = np.random.default_rng(stride)
+    constants = {
+        "w": rng.normal(size=(16, 8, 2 * stride)).astype(np.float32),
+        "b": rng.normal(size=8).astype(np.float32),
+    }
+    node = helper.make_node(
+        "ConvTranspose", ["x", "w", "b"], ["y"],
+        kernel_shape=[2 * stride], strides=[stride], pads=[stride // 2] * 2, dilations=[1], group=1,
+    )  # fmt: skip
+    model = model_of([node], constants, 16)
+    rewritten = ForOpenVINO(model, None).result()
+    assert "ConvTranspose" not in operators(rewritten)
+    x = rng.normal(size=(1, 16, 23)).astype(np.float32)
+    assert np.allclose(run(model, x), run(rewritten, x), atol=1e-4)
+
+
+def test_every_range_is_of_a_tensor_that_is_quantised():
+    surgery = ForOpenVINO(split(read_weights())[1], None)
+    surgery.result()
+    assert set(surgery.quantised) == set(read_ranges())
+    assert all(low <= 0 < high for low, high in read_ranges().values())
+    left = operators(for_openvino(split(read_weights())[1], read_ranges()))
+    assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
+
+
+@pytest.fixture(scope="module")
+def runtimes():
+    """The engine on each runtime."""
+    return EmbeddedVoice(runtime="onnxruntime"), EmbeddedVoice(runtime="openvino")
+
+
+@pytest.mark.parametrize("language", TEXTS)
+@pytest.mark.parametrize("voice", VOICES, ids=lambda voice: voice.id)
+def test_a_voice_sounds_alike_on_both_runtimes(runtimes, voice, language):
+    plain, fast = (engine.speak(TEXTS[language], getattr(voice.embedded, language)) for engine in runtimes)
+    assert len(plain) == len(fast)
+    assert np.abs(fast).max() < 1.3 * np.abs(plain).max()
+    assert 20 * np.log10(np.std(fast) / np.std(plain)) == pytest.approx(0, abs=0.3)
+    (one, power), (other, _) = bands(plain), bands(fast)
+    assert np.abs(one - other)[power > power.max() - 35].mean() < 2  # dB
+
+
+def bands(samples, count=40):
+    """Power in dB of each frame of 43 ms in `count` bands of equal width up to 11 kHz, and in all."""
+    frames = np.lib.stride_tricks.sliding_window_view(samples, 1024)[::256] * np.hanning(1024)
+    power = np.abs(np.fft.rfft(frames))[:, : 11 * count] ** 2
+    return 10 * np.log10(power.reshape(len(frames), count, -1).sum(2) + 1e-6), 10 * np.log10(power.sum(1) + 1e-6)
+
+
+def test_the_runtime_is_chosen_by_the_cpu(tmp_path, monkeypatch):
+    for flags, runtime in {"fpu avx2 avx512_vnni amx_int8": "openvino", "fpu avx2": "onnxruntime"}.items():
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+        monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
+        assert find_runtime() == runtime
+        assert EmbeddedEngine(Settings()).report() == {"runtime": runtime}
+    assert EmbeddedEngine(Settings(embedded_runtime="openvino", threads=3)).slots == 1
+    monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "none")  # another system's
+    assert find_runtime() == "onnxruntime"
+    assert EmbeddedEngine(Settings(threads=3)).slots == 3
+
+
+@pytest.fixture
+def able_cpu(tmp_path, monkeypatch):
+    """A CPU on which OpenVINO would be chosen."""
+    (tmp_path / "cpuinfo").write_text("flags\t\t: avx512_vnni\n")
+    monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
+
+
+def test_without_openvino_onnxruntime_is_chosen(able_cpu, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert find_runtime() == "onnxruntime"
+
+
+def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked_for(able_cpu, monkeypatch, caplog):
+    def fail(*arguments):
+        raise RuntimeError("no such plug-in")
+
+    monkeypatch.setitem(embedded_voice.DECODERS, "openvino", fail)
+    engine = EmbeddedEngine(Settings())
+    engine.load()
+    assert engine.report() == {"runtime": "onnxruntime"}
+    assert "no such plug-in" in caplog.text
+    assert engine.synthesize("Hello.", VOICES[0], SynthesisOptions()).seconds > 0.3
+    with pytest.raises(RuntimeError, match="no such plug-in"):
+        EmbeddedEngine(Settings(embedded_runtime="openvino")).load()
+
+
+def test_what_is_given_up_as_it_begins_is_cancelled_and_no_fault(runtimes):
+    for engine in runtimes:
+        for late in range(40):
+            cancellation = Cancellation()
+            threading.Timer(late / 400, cancellation.cancel).start()
+            with suppress(Cancelled):  # and nothing else
+                engine.speak("The boats lay still.", "am_onyx", 1.0, cancellation.on_cancel)
+
+
