@@ -1,4 +1,4 @@
-"""Threads and cores: which TTS_THREADS x TTS_SLOTS serves one client, four and eight best, and a short text best.
+"""Runtimes, threads and slots: which serves one client, four and eight best, and a short text best.
 
     python benchmarks/threads.py [--rounds 3] [--characters 100]
 
@@ -16,18 +16,18 @@ from servers import leave_on_term, own_server
 from tables import markdown, save, spread
 from texts import Texts
 
-WAYS = [(1, 2), (2, 1), (2, 2)]  # threads, slots
+WAYS = [("openvino", 2, 1), ("openvino", 2, 2), ("onnxruntime", 2, 1), ("onnxruntime", 2, 2)]  # threads, slots
 CLIENTS = (1, 4, 8)
 HEADER = [
-    "threads x slots", "clients", "audio s per s", "first 200 ms s", "whole s", "audio per s, against 2 x 1",
+    "runtime, threads x slots", "clients", "audio s per s", "first 200 ms s", "whole s", "audio per s, of the first's",
     "CPU s per audio min",
 ]  # fmt: skip
-BASE = "2 x 1"
-FAIR_HEADER = ["threads x slots", "10 characters beside 4,000: whole s", "times alone"]
+FAIR_HEADER = ["runtime, threads x slots", "10 characters beside 4,000: whole s", "times alone"]
 
 
 def rows(clients: int, runs: dict[str, list[Run]]) -> list[list[str]]:
     """Return one row a way."""
+    first = next(iter(runs.values()))
     return [
         [
             name,
@@ -35,7 +35,7 @@ def rows(clients: int, runs: dict[str, list[Run]]) -> list[list[str]]:
             spread(run.speed for run in each),
             spread(run.median("first_audio_s") for run in each),
             spread(run.median("total_s") for run in each),
-            spread(run.speed / base.speed for run, base in zip(each, runs[BASE], strict=True)),
+            spread(run.speed / base.speed for run, base in zip(each, first, strict=True)),
             spread((run.cpu_s_per_minute for run in each), 1),
         ]
         for name, each in runs.items()
@@ -65,9 +65,10 @@ def main() -> None:
     leave_on_term()
     texts, targets = Texts(), []
     with ExitStack() as running:
-        for threads, slots in WAYS:
-            server = running.enter_context(own_server(TTS_THREADS=str(threads), TTS_SLOTS=str(slots)))
-            targets.append(Target(f"{threads} x {slots}", server.url, pid=server.pid))
+        for runtime, threads, slots in WAYS:
+            way = {"TTS_EMBEDDED_RUNTIME": runtime, "TTS_THREADS": str(threads), "TTS_SLOTS": str(slots)}
+            server = running.enter_context(own_server(**way))
+            targets.append(Target(f"{runtime}, {threads} x {slots}", server.url, pid=server.pid))
             speak(targets[-1], "One sentence that is not counted.")
         runs = {}
         for clients in CLIENTS:
