@@ -26,10 +26,10 @@ FEATURES = ("/encoder/MatMul_1_output_0", "/encoder/Reshape_output_0", "/encoder
 
 # A pattern is (operator, *inputs); a name stands for any tensor, one in capitals for a constant.
 _PRODUCT = ("Transpose", ("MatMulInteger", "frames", "WEIGHT", "zero", "WEIGHT_ZERO"))
-_SCALE = ("Mul", "scale", "WEIGHT_SCALE")
+SCALE = ("Mul", "scale", "WEIGHT_SCALE")
 SCALED_PRODUCTS = (
-    ("Mul", ("Cast", ("Add", _PRODUCT, ("Reshape", "bias", "SHAPE"))), _SCALE),
-    ("Mul", ("Cast", _PRODUCT), _SCALE),
+    ("Mul", ("Cast", ("Add", _PRODUCT, ("Reshape", "bias", "SHAPE"))), SCALE),
+    ("Mul", ("Cast", _PRODUCT), SCALE),
 )
 _CENTRED = ("Sub", "x", ("ReduceMean", "x", "AXES"))
 _DEVIATION = ("Sqrt", ("Add", ("ReduceMean", ("Mul", _CENTRED, _CENTRED), "AXES"), "EPSILON"))
@@ -83,6 +83,11 @@ def signed_products_are_exact() -> bool:
     """Whether this CPU sums uint8 x int8 in 32 bits (VNNI, AMX, ARM); plain AVX2 saturates pairs at 16 bits."""
     sums = evaluate("MatMulInteger", np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8))
     return bool((sums == 64 * 255 * 127).all())
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    """Return a node's attributes by name."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def evaluate(kind: str, *inputs: np.ndarray, **attributes) -> np.ndarray:
@@ -189,7 +194,7 @@ class _ForOnnxruntime(Surgery):
         if node.op_type != "ConvInteger":
             return False
         x, weight, zero, weight_zero = node.input
-        options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        options = attributes_of(node)
         (stride,), (dilation,), pads = options["strides"], options["dilations"], options["pads"]
         kernels = self.array(weight)
         outputs, channels, width = kernels.shape

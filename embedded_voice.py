@@ -107,8 +107,8 @@ class Decoder(Protocol):
 class OnnxDecoder:
     """The decoder on onnxruntime, opened twice: an utterance alone runs on all cores, several at once on one each.
 
-    Measured on 2 cores: 5.2 times real time in two models of a thread, 4.5 in one of two threads; to the bit the same
-    samples. The second costs 108 MB; it is opened in the background, and until it is there the first does for all.
+    Measured on 2 cores: two on a thread each make 1.15 times the speech of one on two threads; to the bit the same
+    samples. The second is opened in the background, and until it is there the first does for all.
     """
 
     def __init__(self, model: bytes, threads: int):

@@ -1,6 +1,6 @@
 """Measure in which range the OpenVINO decoder best quantises each tensor: every voice, both languages and mixed.
 
-    PYTHONPATH=. python assets/measure_ranges.py        writes assets/activation_ranges.json, in three minutes
+    PYTHONPATH=. python assets/measure_ranges.py        writes assets/activation_ranges.json, in a minute and a half
 
 Where a few values are far out, 255 steps over all of them are wide: cutting those off makes less of an error on the
 whole. A tensor's range is the one of its extremes, scaled, whose mean squared error is the least.

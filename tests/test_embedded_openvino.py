@@ -14,7 +14,7 @@ import embedded_openvino
 import embedded_voice
 import engines
 from embedded_graph import split
-from embedded_openvino import ForOpenVINO, for_openvino, read_ranges
+from embedded_openvino import ForOpenVINO, read_ranges
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
@@ -120,7 +120,7 @@ def test_every_range_is_of_a_tensor_that_is_quantised():
     surgery.result()
     assert set(surgery.quantised) == set(read_ranges())
     assert all(low <= 0 < high for low, high in read_ranges().values())
-    left = operators(for_openvino(split(read_weights())[1], read_ranges()))
+    left = operators(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
 
 
