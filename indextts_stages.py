@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torchaudio
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from vllm_engine import Reference
 
@@ -117,11 +117,12 @@ class Stages:
         frames = (torch.LongTensor([len(codes)]) * FRAMES_PER_CODE).long().item()
         condition = torch.cat([line.speaker.condition, self._regulate(semantic, frames)], dim=1)
         lengths = torch.LongTensor([condition.size(1)]).to(self._device)
-        with self._seeded(seed):
+        reference = line.speaker.mel.size(-1)
+        with self._seeded(seed), without_frames(s2mel["cfm"].estimator.wavenet, reference):
             mel = s2mel["cfm"].inference(
                 condition, lengths, line.speaker.mel, line.speaker.style, None, FLOW_STEPS, inference_cfg_rate=GUIDANCE
             )
-        samples = tts.bigvgan(mel[:, :, line.speaker.mel.size(-1) :].float())
+        samples = tts.bigvgan(mel[:, :, reference:].float())
         return samples.flatten().cpu().numpy()
 
     def _listen(self, audio_16k: Any) -> Tensor:
@@ -185,6 +186,25 @@ class Stages:
         with torch.random.fork_rng([self._device.index or 0] if self._device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
+
+
+@contextlib.contextmanager
+def without_frames(wavenet: Any, count: int) -> Iterator[None]:
+    """Have the flow's WaveNet leave out, as zeros, the first frames: nothing that it makes of the reference is kept.
+
+    It has no norm over time, so that the others stay as they are where those within its reach go with them.
+    """
+    reach = sum((layer.conv.conv.kernel_size[0] - 1) * layer.conv.conv.dilation[0] // 2 for layer in wavenet.in_layers)
+    whole, start = wavenet.forward, max(0, count - reach)
+
+    def forward(x: Tensor, mask: Tensor, g: Tensor) -> Tensor:
+        return pad(whole(x[..., start:], mask[..., start:], g=g), (start, 0))
+
+    wavenet.forward = forward  # on the object, over the class's
+    try:
+        yield
+    finally:
+        del wavenet.forward
 
 
 def resampled(reference: Reference, rate: int) -> np.ndarray:
