@@ -108,7 +108,6 @@ log = logging.getLogger("speech")
 
 MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
-RESERVE_THREADS = 128  # threads beyond the admitted requests: /health, and clients slow to send their request
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gunicorn import util
 
-from app import RESERVE_THREADS
 from settings import Settings
 from vllm_engine import children, descendants
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # malloc.h: working memory goes back to the system: 673 MB resident after 50 requests instead of 907, at the same speed
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+RESERVE_THREADS = 128  # beyond the admitted requests: /health, and clients slow to send their request
 LEAVE_S = 5  # for running requests to be told, after their engine died
 HEADERS_TIMEOUT_S = 15  # for a request's headers
 reading_headers = {}  # by thread: the socket, and until when
