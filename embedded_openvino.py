@@ -59,7 +59,9 @@ class OpenVINODecoder:
         self._model = core.compile_model(core.read_model(ForOpenVINO(model, read_ranges()).result()), "CPU", settings)
         self._one_at_a_time = Lock()
 
-    def run(self, features: dict[str, np.ndarray], on_cancel: Callable[[Callable[[], object]], None]) -> np.ndarray:
+    def run(
+        self, features: dict[str, np.ndarray], on_cancel: Callable[[Callable[[], object]], None], *, keep: bool
+    ) -> np.ndarray:
         """Return the samples [n]; raise RuntimeError where `on_cancel`'s callback was called meanwhile."""
         with self._one_at_a_time:
             running = [request := self._model.create_infer_request()]
@@ -70,7 +72,13 @@ class OpenVINODecoder:
                 return request.get_output_tensor().data.ravel().copy()
             finally:
                 running.clear()  # whoever could cancel it keeps its tensors no longer
-                self._model.release_memory()
+                if not keep:
+                    self._model.release_memory()
+
+
+def for_openvino(model: bytes) -> bytes:
+    """Return the serialised decoder in the terms of OpenVINO."""
+    return ChannelsLast(ForOpenVINO(model, read_ranges()).result()).result()
 
 
 def read_ranges() -> Ranges:

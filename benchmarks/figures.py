@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
@@ -118,15 +119,15 @@ class Recorder:
     def __init__(self, half: Any):
         self._half, self._calls = half, []
 
-    def run(self, *arguments: Any) -> Any:
-        """Run, and remember the arguments."""
-        self._calls.append(arguments)
-        return self._half.run(*arguments)
+    def run(self, *arguments: Any, **options: Any) -> Any:
+        """Run, and remember the call."""
+        self._calls.append(partial(self._half.run, *arguments, **options))
+        return self._calls[-1]()
 
     def run_again(self) -> None:
-        """Run with each of them again."""
-        for arguments in self._calls:
-            self._half.run(*arguments)
+        """Make each of the calls again."""
+        for call in self._calls:
+            call()
 
 
 def overhead_figure(target: Target, rounds: int = 3) -> Row:
