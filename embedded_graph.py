@@ -131,13 +131,13 @@ class Surgery:
 
     def op(self, kind: str, *inputs: str | np.ndarray, output: str = "", **attributes) -> str:
         """Append a node, whose array inputs become constants; return its output's name."""
-        output = output or f"fast_{len(self.nodes)}"
+        output = output or f"{type(self).__name__}_{len(self.nodes)}"
         names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         self.keep(helper.make_node(kind, names, [output], name=output, **attributes))
         return output
 
     def constant(self, value: np.ndarray) -> str:
-        name = f"fast_constant_{len(self.constants)}"
+        name = f"{type(self).__name__}_constant_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(value, name)
         return name
 

@@ -13,8 +13,8 @@ from test_embedded_graph import quantised_convolution
 import embedded_openvino
 import embedded_voice
 import engines
-from embedded_graph import split
-from embedded_openvino import ForOpenVINO, read_ranges
+from embedded_graph import attributes_of, split
+from embedded_openvino import INPUTS, ChannelsLast, ForOpenVINO, for_openvino, read_ranges
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
@@ -43,14 +43,20 @@ def model_of(node_list, constants, channels):
     return model.SerializeToString()
 
 
+def nodes_of(model):
+    """The nodes of a serialised model by the name of their output."""
+    return {node.output[0]: node for node in onnx.load_from_string(model).graph.node}
+
+
 def operators(model):
     """The kinds of operator in a serialised model."""
-    return {node.op_type for node in onnx.load_from_string(model).graph.node}
+    return {node.op_type for node in nodes_of(model).values()}
 
 
 def run(model, x):
-    """What a serialised model makes of x, in onnxruntime."""
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    """What a serialised model makes of x, or of its inputs by name, in onnxruntime."""
+    inputs = x if isinstance(x, dict) else {"x": x}
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
 def run_in_openvino(model, x):
@@ -75,7 +81,7 @@ def test_an_integer_convolution_is_one_of_the_numbers_that_its_weights_stand_for
 
 @pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
 def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
-    monkeypatch.setattr(embedded_openvino, "INT8_PART", "x")
+    monkeypatch.setattr(embedded_openvino, "FUSED_PART", "x")
     model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
@@ -83,6 +89,32 @@ def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeyp
     exact = run(ForOpenVINO(model, None).result(), signal)
     for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
+
+
+@pytest.mark.parametrize(("kernel", "pads"), [(1, (0, 0)), (3, (1, 1)), (5, (2, 2))])
+def test_a_product_of_unfolded_frames_is_the_convolution(kernel, pads, monkeypatch):
+    model = quantised_convolution(kernel, pads=pads, channels=32, outputs=64)
+    signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
+    product = ForOpenVINO(model, {"x": (-4.0, 4.0)}).result()
+    assert "Conv" not in operators(product)
+    monkeypatch.setattr(embedded_openvino, "FUSED_PART", "x")
+    exact = run(ForOpenVINO(model, None).result(), signal)
+    for result in (run(product, signal), run_in_openvino(product, signal)):  # both quantise the frames by themselves
+        assert np.sqrt(np.mean((result - exact) ** 2)) < 0.01 * exact.std()
+
+
+def test_four_dimensions_change_the_layout_and_not_the_sound():
+    three = ForOpenVINO(split(read_weights())[1], read_ranges()).result()
+    four = ChannelsLast(three).result()
+    rng, frames = np.random.default_rng(4), 40
+    voiced = np.full((1, 2 * frames), 120, np.float32), np.zeros((1, 2 * frames), np.float32)
+    phonemes, style = (0.3 * rng.normal(size=shape).astype(np.float32) for shape in ((1, 512, frames), (1, 256)))
+    features = dict(zip(INPUTS, (phonemes, *voiced, style), strict=True))
+    nodes = nodes_of(four)
+    quantised = [node for node in nodes.values() if node.op_type == "Conv" and node.input[1] in nodes]
+    assert {len(attributes_of(node)["kernel_shape"]) for node in quantised} == {2}
+    plain, turned = run(three, features), run(four, features)
+    assert np.std(turned - plain) < 0.01 * np.std(plain)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3, 100])
@@ -120,7 +152,7 @@ def test_every_range_is_of_a_tensor_that_is_quantised():
     surgery.result()
     assert set(surgery.quantised) == set(read_ranges())
     assert all(low <= 0 < high for low, high in read_ranges().values())
-    left = operators(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
+    left = operators(for_openvino(split(read_weights())[1]))
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
 
 
