@@ -104,7 +104,7 @@ class Decoder(Protocol):
     """Makes samples of the encoder's features, on one runtime or the other."""
 
     def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel, *, keep: bool) -> np.ndarray:
-        """Return the samples [n]; raise anything where `on_cancel`'s callback was called meanwhile.
+        """Return the samples [n], or raise anything, where `on_cancel`'s callback was called meanwhile.
 
         keep: the memory it was made in, for the next utterance.
         """

@@ -227,3 +227,15 @@ def test_what_is_given_up_as_it_begins_is_cancelled_and_no_fault(runtimes):
                 engine.speak("The boats lay still.", "am_onyx", 1.0, cancellation.on_cancel)
 
 
+
+
+def test_what_is_cancelled_leaves_nothing_behind(runtimes):
+    long = "By noon the wind had turned, and nobody who knew the coast went out, not even those with the bigger boats."
+    for engine in runtimes:
+        alone = engine.speak("The boats lay still.", "am_onyx")
+        for late in range(12):
+            cancellation = Cancellation()
+            threading.Timer(0.02 + late / 24, cancellation.cancel).start()
+            with suppress(Cancelled):
+                engine.speak(long, "am_onyx", 1.0, cancellation.on_cancel)
+            assert np.array_equal(engine.speak("The boats lay still.", "am_onyx"), alone)
