@@ -130,9 +130,11 @@ class OnnxDecoder:
 
     def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel, *, keep: bool) -> np.ndarray:
         """Return the samples [n]; onnxruntime raises where it is cancelled."""
-        options = run_options(keep)
+        options = onnxruntime.RunOptions()
         on_cancel(lambda: setattr(options, "terminate", True))
         with self._session() as session:
+            if not keep or session is self._on_one:  # which may run several at once, and would keep what they all took
+                give_memory_back(options)
             return session.run(None, features, options)[0].ravel()
 
     @contextmanager
@@ -165,7 +167,7 @@ class Network:
 
     def run(self, inputs: dict[str, np.ndarray], on_cancel: OnCancel) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
-        spoken = without_silence(*self._encoder.run(None, inputs, run_options(keep=True)))
+        spoken = without_silence(*self._encoder.run(None, inputs, give_memory_back(onnxruntime.RunOptions())))
         features = {**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}
         keep = spoken[0].shape[2] <= KEPT_FRAMES
         try:
@@ -284,9 +286,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def run_options(keep: bool) -> onnxruntime.RunOptions:
-    """Return settings of one run, which gives its memory back to the C library unless it is kept."""
-    options = onnxruntime.RunOptions()
-    if not keep:
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+def give_memory_back(options: onnxruntime.RunOptions) -> onnxruntime.RunOptions:
+    """Have a run end with what it took given back to the C library."""
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

@@ -121,8 +121,9 @@ class Recorder:
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         """Run, and remember the call."""
-        self._calls.append(partial(self._half.run, *arguments, **options))
-        return self._calls[-1]()
+        call = partial(self._half.run, *arguments, **options)
+        self._calls.append(call)
+        return call()
 
     def run_again(self) -> None:
         """Make each of the calls again."""

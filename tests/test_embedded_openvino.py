@@ -14,7 +14,7 @@ import embedded_openvino
 import embedded_voice
 import engines
 from embedded_graph import attributes_of, split
-from embedded_openvino import INPUTS, ChannelsLast, ForOpenVINO, for_openvino, read_ranges
+from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, for_openvino, read_ranges
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
@@ -81,7 +81,7 @@ def test_an_integer_convolution_is_one_of_the_numbers_that_its_weights_stand_for
 
 @pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
 def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
-    monkeypatch.setattr(embedded_openvino, "FUSED_PART", "x")
+    monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
     model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
@@ -91,15 +91,15 @@ def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeyp
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
 
 
-@pytest.mark.parametrize(("kernel", "pads"), [(1, (0, 0)), (3, (1, 1)), (5, (2, 2))])
-def test_a_product_of_unfolded_frames_is_the_convolution(kernel, pads, monkeypatch):
+@pytest.mark.parametrize(("kernel", "pads"), [(1, (0, 0)), (3, (1, 1)), (4, (2, 1)), (1, (1, 0))])
+def test_a_product_of_frames_side_by_side_is_the_convolution(kernel, pads, monkeypatch):
     model = quantised_convolution(kernel, pads=pads, channels=32, outputs=64)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     product = ForOpenVINO(model, {"x": (-4.0, 4.0)}).result()
     assert "Conv" not in operators(product)
-    monkeypatch.setattr(embedded_openvino, "FUSED_PART", "x")
+    monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
     exact = run(ForOpenVINO(model, None).result(), signal)
-    for result in (run(product, signal), run_in_openvino(product, signal)):  # both quantise the frames by themselves
+    for result in (run(product, signal), run_in_openvino(product, signal)):
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.01 * exact.std()
 
 
@@ -113,8 +113,10 @@ def test_four_dimensions_change_the_layout_and_not_the_sound():
     nodes = nodes_of(four)
     quantised = [node for node in nodes.values() if node.op_type == "Conv" and node.input[1] in nodes]
     assert {len(attributes_of(node)["kernel_shape"]) for node in quantised} == {2}
+    back = sum(node.op_type == "Squeeze" for node in nodes.values())
+    assert back < len(quantised) / 4, "from one convolution to the next it stays in four"
     plain, turned = run(three, features), run(four, features)
-    assert np.std(turned - plain) < 0.01 * np.std(plain)
+    assert np.sqrt(np.mean((turned - plain) ** 2)) < 0.01 * np.std(plain)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3, 100])
@@ -154,6 +156,13 @@ def test_every_range_is_of_a_tensor_that_is_quantised():
     assert all(low <= 0 < high for low, high in read_ranges().values())
     left = operators(for_openvino(split(read_weights())[1]))
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
+
+
+def test_the_ranges_are_measured_on_what_the_decoder_is_given(monkeypatch):
+    monkeypatch.syspath_prepend(RANGES.parent)
+    import measure_ranges
+
+    assert set(next(measure_ranges.features())) == set(INPUTS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 import embedded_voice
+from embedded_graph import FEATURES
 from embedded_voice import (
+    KEPT_FRAMES,
     SILENT_FRAMES,
     STEP_FRAMES,
     Cancelled,
@@ -175,6 +177,24 @@ def test_a_long_utterance_keeps_no_memory(voice):
     before = resident_mb()
     voice.speak("The boats lay still in the harbour that morning, " * 6, "am_onyx")
     assert resident_mb() - before < 150
+
+
+def test_the_memory_of_a_short_utterance_is_kept_for_the_next_one(voice, monkeypatch):
+    kept = []
+
+    class Recorder:
+        """Stands in for the decoder."""
+
+        def run(self, features, on_cancel, *, keep):
+            kept.append((features[FEATURES[0]].shape[2], keep))
+            return np.zeros(1, np.float32)
+
+    monkeypatch.setattr(voice._network, "_decoder", Recorder())
+    for times in (1, 6):
+        voice.speak("The boats lay still in the harbour that morning, " * times, "am_onyx")
+    (short, first), (long, last) = kept
+    assert first and short <= KEPT_FRAMES
+    assert not last and long > KEPT_FRAMES
 
 
 @pytest.mark.parametrize(
