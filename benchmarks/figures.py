@@ -131,7 +131,7 @@ class Recorder:
             call()
 
 
-def overhead_figure(target: Target, rounds: int = 3) -> Row:
+def overhead_figure(target: Target, rounds: int = 7) -> Row:
     """Return a minute's request against the bare engine calls for the same utterances, taken in turns."""
     settings = Settings()
     voice = Voices.load(settings.voices_file).resolve(target.voice)
