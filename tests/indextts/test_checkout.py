@@ -105,6 +105,25 @@ def test_an_utterance_is_what_infer_makes_of_the_same_codes(owner, tts, monkeypa
     assert np.array_equal(as_int16(spoken.samples), infer(owner, tts, monkeypatch, 5, **theirs))
 
 
+@pytest.mark.parametrize("count", [0, 5, 40])
+def test_the_flow_leaves_the_reference_s_frames_out_unheard(tts, count):
+    import torch
+
+    from indextts_stages import without_frames
+
+    wavenet = tts.s2mel.models["cfm"].estimator.wavenet
+    x, mask = torch.randn(2, wavenet.hidden_channels, 90), torch.ones(1, 1, 90)
+    step = torch.randn(2, wavenet.hidden_channels, 1)
+    with torch.no_grad():
+        whole = wavenet(x, mask, g=step)
+        with without_frames(wavenet, count):
+            rest = wavenet(x, mask, g=step)
+        again = wavenet(x, mask, g=step)
+    assert torch.allclose(rest[..., count:], whole[..., count:], atol=1e-5)
+    assert not rest[..., : max(0, count - 16)].any(), "8 layers of 5 frames reach 16 of them far"
+    assert torch.equal(again, whole)
+
+
 def test_emotions_make_a_difference(owner):
     sounds = {speak(owner, emotion=ours, seed=5).samples.tobytes() for ours, _ in EMOTIONS.values()}
     assert len(sounds) == len(EMOTIONS)
