@@ -107,6 +107,7 @@ log = logging.getLogger("speech")
 # === Constants ===
 
 MAX_INPUT_CHARACTERS = 4096  # OpenAI's limit for `input`
+MAX_EMOTION_CHARACTERS = 400  # the model that reads an emotion takes 2,048 tokens, up to four a character
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
@@ -191,7 +192,7 @@ class SpeechRequest(JsonRequest):
     response_format: Literal["wav", "pcm", "mp3", "opus", "aac", "flac"] = "wav"
     speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
     stream_format: Literal["audio", "sse"] = "audio"
-    instructions: str | None = None
+    instructions: Annotated[str | None, Field(max_length=MAX_INPUT_CHARACTERS)] = None
     stream: bool = False
     sample_rate: Annotated[int | None, Field(json_schema_extra={"enum": [*RATES, None]})] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
@@ -208,7 +209,7 @@ class NativeRequest(JsonRequest):
     emo_ref_path: str | None = None
     emo_weight: Annotated[float, Field(ge=0, le=1.6)] = 1.0
     emo_vec: Annotated[EmotionVector, BeforeValidator(lambda v: [0.0] * 8 if v == [] else v)] = [0.0] * 8
-    emo_text: str | None = None
+    emo_text: Annotated[str | None, Field(max_length=MAX_INPUT_CHARACTERS)] = None
     emo_random: bool = False
     max_text_tokens_per_sentence: Annotated[int, Field(ge=1)] = 120
 
@@ -914,9 +915,9 @@ def asked_cloned_emotion(body: CloningRequest, speaker: Reference) -> Emotion:
 
 
 def emotion_text(text: str, param: str) -> str:
-    """Return the text; raise InvalidRequest where the model that reads emotions out of words is not there."""
+    """Return as much as the model that reads emotions out of words takes; raise InvalidRequest where there is none."""
     if speech().engine.emotes_by_text:
-        return text
+        return text[:MAX_EMOTION_CHARACTERS]
     raise InvalidRequest(
         f"'{param}': this server's model has no emotion-text model (qwen0.6bemo4-merge); "
         "give an emotion as a vector or as audio.", param, "no_emotion_text",

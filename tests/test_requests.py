@@ -28,6 +28,7 @@ def error_of(response):
     ("response_format", 1), ("speed", 0.2), ("speed", 4.1), ("speed", "fast"), ("speed", True), ("speed", float("nan")),
     ("speed", float("inf")), ("stream_format", "json"), ("stream", "yes"), ("sample_rate", 1), ("sample_rate", 24000.5),
     ("seed", -1), ("emotion_vector", [0.1]), ("emotion_vector", [9] * 8), ("instructions", 7),
+    ("instructions", "x" * 4097),
 ])  # fmt: skip
 def test_a_wrong_field_is_named(client, field, value):
     response = client.post(SPEECH, data=json.dumps({**GOOD, field: value}), content_type="application/json")

@@ -322,6 +322,10 @@ class TestEmotion:
         assert asked(emo_control_method=3, emo_text="furious").text == "furious"
         assert asked(emo_control_method=3).text == "Hello there."
 
+    def test_of_a_long_emotion_text_the_model_hears_what_it_can_take(self, asked):
+        assert asked(emo_control_method=3, emo_text="怒" * 4096).text == "怒" * 400
+        assert "4096" in asked(emo_control_method=3, emo_text="怒" * 4097)
+
     def test_a_text_without_its_model_is_refused(self, app):
         for response in (say_native(app, emo_control_method=3), say(app, instructions="Sound happy.")):
             assert response.status_code == 400 and "emotion-text model" in str(response.json["error"])
