@@ -57,6 +57,12 @@ access_log_format = (
 )
 
 
+def on_starting(server):
+    """Refuse --preload: what the service starts, threads and vLLM's loop, would stay behind in the master."""
+    if server.cfg.preload_app:
+        raise SystemExit("gunicorn's preload_app (--preload) does not do here: start it without")
+
+
 def when_ready(server):
     """Let HUP mean the voices: gunicorn's own reload would load a second engine beside the first.
 

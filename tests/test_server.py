@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from itertools import pairwise
@@ -19,6 +21,7 @@ from hearing import pitch_change, pitch_hz
 from serving import Server, decode, pcm
 
 from audio import FORMATS
+from settings import HERE
 
 SPEECH = "/v1/audio/speech"
 PARAGRAPH = (
@@ -301,3 +304,10 @@ def workers_of(pid: int) -> list[int]:
     """The children of a process."""
     with open(f"/proc/{pid}/task/{pid}/children") as children:
         return [int(child) for child in children.read().split()]
+
+
+def test_preloading_is_refused():
+    command = [sys.executable, "-m", "gunicorn", "--preload", "-c", "gunicorn.conf.py", "app:create_app()"]
+    environment = {**os.environ, "PORT": "0", "TTS_EMBEDDED_RUNTIME": "onnxruntime"}
+    refused = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=120)
+    assert refused.returncode and "--preload" in refused.stderr
