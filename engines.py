@@ -191,6 +191,7 @@ class VllmEngine:
 
     def load(self) -> None:
         """Build the engine inside its owner's loop."""
+        self._gpus = gpus()  # told where it does not load, too
         self._voice = self._owner.load(lambda: self._create(self._settings))
         self._gpus = gpus()
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_engine import Emotion, EngineDead, Reference, Spoken
+from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
 from vllm_plugin import CHECKOUT_VARIABLE
 
 KEPT_REFERENCES = 32  # conditionings; each takes up to 8 MB of GPU memory (30 s of audio)
@@ -42,8 +42,9 @@ SOON, LATER = 0, 1  # what the GPT waits for goes before what makes sound of its
 EMOTION_MODEL = "qwen0.6bemo4-merge"  # its folder may be left out: then no emotion by text, and its memory is saved
 WEIGHTS = (
     "config.yaml", "bpe.model", "gpt.pth", "gpt/config.json", "s2mel.pth", "feat1.pt", "feat2.pt",
-    "wav2vec2bert_stats.pt", "w2v-bert-2.0/config.json", "semantic_codec/model.safetensors",
-    "campplus/campplus_cn_common.bin", "bigvgan/config.json",
+    "wav2vec2bert_stats.pt", "w2v-bert-2.0/config.json", "w2v-bert-2.0/preprocessor_config.json",
+    "semantic_codec/model.safetensors", "campplus/campplus_cn_common.bin", "bigvgan/config.json",
+    "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
 MEMORY_FAULTS = ("out of memory", "free memory", "available memory", "engine core initialization failed")
 
@@ -90,7 +91,8 @@ class IndexTTSVoice:
         if (weights / EMOTION_MODEL).is_dir():
             shares["TTS_QWENEMO_GPU_MEMORY_UTILIZATION"] = qwenemo_gpu_memory_utilization
         module = import_checkout(checkout, emotes=len(shares) > 1)
-        check_gpu()
+        if not sees_gpu():
+            raise LoadError(NO_GPU)
         tts = construct(
             module.IndexTTS2,
             shares,
@@ -279,15 +281,6 @@ def import_checkout(checkout: Path, emotes: bool) -> Any:
     return module
 
 
-def check_gpu() -> None:
-    """Raise LoadError where there is no GPU, except on vLLM's own CPU build."""
-    import torch
-    from vllm.platforms import current_platform
-
-    if not (torch.cuda.is_available() or current_platform.is_cpu()):
-        raise LoadError("torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TTS_ENGINE=embedded")
-
-
 def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: Any) -> Any:
     """Make the checkout's object; raise LoadError, having let go of the processes that were started."""
     try:
@@ -295,7 +288,7 @@ def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: A
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # they hold engines, whose processes end with them
         log.error("the checkout's IndexTTS2 did not load", exc_info=error)
-        fault = f"IndexTTS2 of the checkout did not load: {error}"
+        fault = f"IndexTTS2 of the checkout did not load from TTS_MODEL_DIR: {error}"
     if any(sign in fault.lower() for sign in MEMORY_FAULTS):
         fault += f". If the GPU's memory ran out (the log above tells), lower {settings_of(shares)} or free some of it"
     raise LoadError(fault)

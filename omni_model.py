@@ -124,4 +124,4 @@ def explain(error: BaseException) -> str:
             "a stage of vLLM-Omni did not start; the log above says why. If it was for want of GPU memory, change "
             f"TTS_GPU_MEMORY_UTILIZATION. {reason}"
         )
-    return f"vLLM-Omni did not start: {reason}"
+    return f"vLLM-Omni did not start with TTS_MODEL: {reason}"

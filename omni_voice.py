@@ -19,7 +19,7 @@ import numpy as np
 import soxr
 
 from omni_model import Kind, LoadError, check_weights, explain, find, find_kind, find_model, write_profile
-from vllm_engine import Emotion, EngineDead, Reference, Spoken
+from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
 
 SAMPLE_RATE = 22_050  # Hz, of both models
 REFERENCE_S = 15  # the models hear no more of a reference audio
@@ -57,6 +57,8 @@ class OmniVoice:
         if deploy_config and not deploy_config.is_file():
             raise LoadError(f"TTS_OMNI_DEPLOY_CONFIG: there is no file {deploy_config}")
         build = import_engine()
+        if not sees_gpu():
+            raise LoadError(NO_GPU)
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
         profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)

@@ -27,6 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 PLUGIN = "speech_server"  # the name of vllm_plugin.py's entry point in speech_server.dist-info
 WATCH_S = 0.5  # between two looks at the engine's processes
+NO_GPU = "torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TTS_ENGINE=embedded"
 CLOSE_TIMEOUT_S = 10  # for the engine to let go of its processes before they are killed
 PASSING = (b"resource_tracker", b"audio_decoder.py")  # processes that are not the engine's: Python's bookkeeper, ours
 
@@ -213,6 +214,14 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if plugins := os.environ.get("VLLM_PLUGINS"):  # a list of the only ones to load
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), PLUGIN]))
+
+
+def sees_gpu() -> bool:
+    """Tell whether torch sees a GPU, or vLLM is its own CPU build, which needs none."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return torch.cuda.is_available() or current_platform.is_cpu()
 
 
 def gpus() -> list[dict[str, Any]]:

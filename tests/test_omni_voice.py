@@ -63,6 +63,13 @@ def test_missing_packages_are_named(model, monkeypatch):
         create(model)
 
 
+def test_a_missing_gpu_is_told(model, monkeypatch):
+    monkeypatch.setattr(omni_voice, "import_engine", lambda: None)
+    monkeypatch.setattr(omni_voice, "sees_gpu", lambda: False)
+    with pytest.raises(LoadError, match="torch sees no GPU"):
+        create(model)
+
+
 def test_the_two_models_are_told_apart_with_and_without_a_config(model):
     kind = find_kind(model)
     assert kind.model_type == json.loads((model / "config.json").read_text())["model_type"]
@@ -107,4 +114,4 @@ def test_short_memory_names_the_setting(error):
 
 
 def test_another_error_at_the_start_is_told_as_it_is():
-    assert explain(KeyError("gpt")) == "vLLM-Omni did not start: 'gpt'"
+    assert explain(KeyError("gpt")) == "vLLM-Omni did not start with TTS_MODEL: 'gpt'"

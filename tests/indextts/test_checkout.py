@@ -238,9 +238,10 @@ def test_a_load_that_fails_half_way_leaves_no_process(owner, checkout, plain_wei
             (tmp_path / path.name).symlink_to(path.resolve())
     (tmp_path / "bigvgan").mkdir()
     (tmp_path / "bigvgan" / "config.json").symlink_to((plain_weights / "bigvgan" / "config.json").resolve())
+    (tmp_path / "bigvgan" / "bigvgan_generator.pt").write_bytes(b"half of a download")
     before, failing = set(descendants(os.getpid())), EngineLoop()
     shares = {"gpu_memory_utilization": 0.25, "qwenemo_gpu_memory_utilization": 0.1}
-    with pytest.raises(LoadError, match="bigvgan_generator"):
+    with pytest.raises(LoadError, match="TTS_MODEL_DIR"):
         failing.load(lambda: IndexTTSVoice.create(checkout=checkout, model_dir=tmp_path, fp16=False, **shares))
     until(lambda: not any(map(is_alive, set(descendants(os.getpid())) - before)))
     assert speak(owner).samples.size, "the other engine is untouched"
