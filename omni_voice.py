@@ -7,6 +7,7 @@ error in either ends it for good, so whatever is known to cause one is kept from
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import uuid
@@ -20,6 +21,7 @@ import soxr
 
 from omni_model import Kind, LoadError, check_weights, explain, find, find_kind, find_model, write_profile
 from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
+from vllm_plugin import OMNI_VARIABLE
 
 SAMPLE_RATE = 22_050  # Hz, of both models
 REFERENCE_S = 15  # the models hear no more of a reference audio
@@ -45,7 +47,7 @@ class OmniVoice:
     def __init__(self, folder: Path, kind: Kind, engine: Any, scratch: tempfile.TemporaryDirectory):
         self._folder, self._kind, self._engine, self._scratch = folder, kind, engine, scratch
         self.speed_range = kind.speed_range
-        self.emotes_by_text = bool(find(folder, EMOTION_MODEL))
+        self.emotes_by_text = bool(find(folder, f"{EMOTION_MODEL}/config.json"))
         self._prompt_tokens = lru_cache(CACHED_TEXTS)(self._count_prompt_tokens)
 
     @classmethod
@@ -56,6 +58,7 @@ class OmniVoice:
         check_weights(folder, kind)
         if deploy_config and not deploy_config.is_file():
             raise LoadError(f"TTS_OMNI_DEPLOY_CONFIG: there is no file {deploy_config}")
+        os.environ[OMNI_VARIABLE] = "1"
         build = import_engine()
         if not sees_gpu():
             raise LoadError(NO_GPU)

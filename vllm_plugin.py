@@ -6,22 +6,31 @@ vLLM finds it through speech_server.dist-info beside this file: both folders onl
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 CHECKOUT_VARIABLE = "SPEECH_INDEXTTS_CHECKOUT"  # indextts_voice.py names its checkout in it; unset for other engines
+OMNI_VARIABLE = "SPEECH_OMNI"  # omni_voice.py sets it
+CALM = [0.0] * 7 + [1.0]  # of IndexTTS's eight emotions the last
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+log = logging.getLogger("speech.plugin")
 
 
 def register() -> None:
-    """Tie a spawned process to its parent; teach vLLM the checkout's model where one is in use."""
+    """Tie a spawned process to its parent; teach vLLM the checkout's model, or mend vLLM-Omni's, where it is in use."""
     if parent := multiprocessing.parent_process():
         die_with_parent(parent.pid)
     if checkout := os.environ.get(CHECKOUT_VARIABLE):
         register_indextts(checkout)
+    if os.environ.get(OMNI_VARIABLE):
+        mend_omni()
 
 
 def die_with_parent(parent: int) -> None:
@@ -62,3 +71,39 @@ def embed_input_ids(
 def compute_logits(self: Any, hidden_states: Any) -> Any:
     """Score the next audio code, with the bias that the checkout leaves out: the stop token's is part of it."""
     return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
+
+
+def mend_omni() -> None:
+    """Have the model that reads emotions answer the same each time, and no answer of it end the talker."""
+    from vllm_omni.model_executor.models.indextts2 import indextts2_talker as talker
+
+    model = talker.IndexTTS2TalkerForConditionalGeneration
+    talker.load_qwen_emotion = without_sampling(talker.load_qwen_emotion)
+    model._predict_emotion_from_text = calm_at_worst(model._predict_emotion_from_text)
+
+
+def without_sampling(load: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Return a loader whose model gives its likeliest answer: it would sample, without a seed."""
+
+    @functools.wraps(load)
+    def loaded(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        model, tokenizer = load(*arguments, **options)
+        if model is not None:
+            model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        return model, tokenizer
+
+    return loaded
+
+
+def calm_at_worst(predict: Callable[..., list[float] | None]) -> Callable[..., list[float]]:
+    """Return a reader of emotions that takes what it cannot read for calm, as it does where it reads none."""
+
+    @functools.wraps(predict)
+    def predicted(self: Any, text: str, device: Any) -> list[float]:
+        try:
+            return predict(self, text, device) or CALM
+        except Exception:
+            log.exception("the emotion of a text could not be read; it is spoken calmly")
+            return CALM
+
+    return predicted

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -106,3 +107,24 @@ def test_the_scores_have_their_bias():
     head = SimpleNamespace(bias="bias")
     model = SimpleNamespace(lm_head=head, logits_processor=lambda *given: given)
     assert vllm_plugin.compute_logits(model, "states") == (head, "states", "bias")
+
+
+def test_the_emotion_model_does_not_sample():
+    settings = SimpleNamespace(do_sample=True, temperature=0.6)
+    settings.update = lambda **given: vars(settings).update(given)
+    model, tokenizer = SimpleNamespace(generation_config=settings), object()
+    assert vllm_plugin.without_sampling(lambda path: (model, tokenizer))("weights") == (model, tokenizer)
+    assert not settings.do_sample and settings.temperature is None
+    assert vllm_plugin.without_sampling(lambda path: (None, None))("weights") == (None, None)
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "null", '{"高兴": null}'])
+def test_what_the_emotion_model_says_wrongly_is_calm(answer):
+    def predict(self, text, device):
+        return [min(1.2, value) for value in dict(json.loads(answer)).values()]
+
+    assert vllm_plugin.calm_at_worst(predict)(None, "怒", "cpu") == vllm_plugin.CALM
+
+
+def test_what_the_emotion_model_says_is_kept():
+    assert vllm_plugin.calm_at_worst(lambda self, text, device: [0.5] * 8)(None, "怒", "cpu") == [0.5] * 8

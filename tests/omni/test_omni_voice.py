@@ -5,12 +5,14 @@ import os
 import signal
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from models import wait_for, write_cpu_profile
 
 import omni_voice
+import vllm_plugin
 from omni_voice import OmniVoice
 from vllm_engine import Emotion, EngineDead, EngineLoop, Reference, is_alive
 
@@ -209,3 +211,14 @@ def test_a_dead_stage_is_told_and_what_it_was_speaking_fails_at_once(voice):
 def test_closing_leaves_no_process(voice):
     voice.owner.close()
     wait_for(lambda: not any(is_alive(pid) for pid in voice.owner._processes), 5)
+
+
+def test_the_emotion_model_is_mended(checkpoints):
+    import torch
+    from vllm_omni.model_executor.models.indextts2 import indextts2_talker as talker
+
+    vllm_plugin.mend_omni()
+    model, tokenizer = talker.load_qwen_emotion(str(checkpoints / "indextts2"), torch.device("cpu"))
+    assert tokenizer and not model.generation_config.do_sample
+    predict = talker.IndexTTS2TalkerForConditionalGeneration._predict_emotion_from_text
+    assert predict(SimpleNamespace(), "怒", torch.device("cpu")) == vllm_plugin.CALM, "no model_path: calm, not a death"
