@@ -46,6 +46,7 @@ WEIGHTS = (
     "semantic_codec/model.safetensors", "campplus/campplus_cn_common.bin", "bigvgan/config.json",
     "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
+TOO_SMALL_A_SHARE = "No available memory for the cache blocks"
 MEMORY_FAULTS = ("out of memory", "free memory", "available memory", "engine core initialization failed")
 
 log = logging.getLogger("speech.indextts")
@@ -289,7 +290,9 @@ def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: A
         traceback.clear_frames(error.__traceback__)  # they hold engines, whose processes end with them
         log.error("the checkout's IndexTTS2 did not load", exc_info=error)
         fault = f"IndexTTS2 of the checkout did not load from TTS_MODEL_DIR: {error}"
-    if any(sign in fault.lower() for sign in MEMORY_FAULTS):
+    if TOO_SMALL_A_SHARE in fault:
+        fault += f". Raise {settings_of(shares)}"
+    elif any(sign in fault.lower() for sign in MEMORY_FAULTS):
         fault += f". If the GPU's memory ran out (the log above tells), lower {settings_of(shares)} or free some of it"
     raise LoadError(fault)
 

@@ -476,6 +476,11 @@ def test_memory_that_ran_out_names_the_settings_to_lower(message):
         construct(fail, SHARES, message=message, keep=[])
 
 
+def test_a_share_too_small_for_the_cache_is_to_be_raised():
+    with pytest.raises(LoadError, match="Raise TTS_GPU_MEMORY_UTILIZATION=0.25"):
+        construct(fail, SHARES, message="No available memory for the cache blocks. Try increasing", keep=[])
+
+
 def test_another_fault_says_nothing_of_memory():
     with pytest.raises(LoadError) as caught:
         construct(fail, SHARES, message="size mismatch for gpt", keep=[])
