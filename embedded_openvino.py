@@ -97,9 +97,7 @@ def read_ranges() -> Ranges:
 class ForOpenVINO(Surgery):
     """onnxruntime's integer operators to float ones, int8 convolutions and products with int8 matrices.
 
-    `quantised` lists the tensors that the convolutions read.
-
-    Without ranges it is float32 throughout.
+    `quantised` lists the tensors that the convolutions read. Without ranges it is float32 throughout.
     """
 
     def __init__(self, model: bytes, ranges: Ranges | None):

@@ -47,7 +47,7 @@ WEIGHTS = (
     "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
 TOO_SMALL_A_SHARE = "No available memory for the cache blocks"
-MEMORY_FAULTS = ("out of memory", "free memory", "available memory", "engine core initialization failed")
+MEMORY_FAULTS = ("out of memory", "free memory", "engine core initialization failed")
 
 log = logging.getLogger("speech.indextts")
 

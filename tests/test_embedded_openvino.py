@@ -236,8 +236,6 @@ def test_what_is_given_up_as_it_begins_is_cancelled_and_no_fault(runtimes):
                 engine.speak("The boats lay still.", "am_onyx", 1.0, cancellation.on_cancel)
 
 
-
-
 def test_what_is_cancelled_leaves_nothing_behind(runtimes):
     long = "By noon the wind had turned, and nobody who knew the coast went out, not even those with the bigger boats."
     for engine in runtimes:
