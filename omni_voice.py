@@ -58,13 +58,13 @@ class OmniVoice:
         check_weights(folder, kind)
         if deploy_config and not deploy_config.is_file():
             raise LoadError(f"TTS_OMNI_DEPLOY_CONFIG: there is no file {deploy_config}")
-        os.environ[OMNI_VARIABLE] = "1"
         build = import_engine()
         if not sees_gpu():
             raise LoadError(NO_GPU)
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
         profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
+        os.environ[OMNI_VARIABLE] = "1"
         try:
             engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
         except Exception as error:

@@ -32,10 +32,18 @@ if __name__ == "__main__":
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=child, args=(theirs,))
     process.start()
+    theirs.close()  # so that a child that fails ends the waiting
     ours.recv()
     print(process.pid, flush=True)
     time.sleep(60)
 """
+
+
+@pytest.fixture(autouse=True)
+def no_engine_in_use(monkeypatch):
+    """Take out what the tests of an engine may have left in the environment."""
+    for name in (vllm_plugin.CHECKOUT_VARIABLE, vllm_plugin.OMNI_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -72,7 +80,6 @@ def test_the_worker_itself_does_not_die_with_gunicorn():
 
 
 def test_no_checkout_is_touched_where_none_is_in_use(monkeypatch):
-    monkeypatch.delenv(vllm_plugin.CHECKOUT_VARIABLE, raising=False)
     monkeypatch.setattr(vllm_plugin, "register_indextts", lambda checkout: pytest.fail(checkout))
     vllm_plugin.register()
 
