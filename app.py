@@ -369,6 +369,7 @@ class Speech:
         self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
         self._lock = threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
+        self.retry_load_s: float | None = None  # after which one that did not load counts as dead; None: never
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
         self.metrics = Metrics()
         self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
@@ -394,8 +395,11 @@ class Speech:
         """Load the engine; ready means that a warm-up utterance came back."""
         self.engine.load()
         self._check(self._voices)
-        for text in ("Ready.", "好了。"):
-            trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
+        try:
+            for text in ("Ready.", "好了。"):
+                trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
+        except Unavailable as error:
+            raise RuntimeError(f"at its first words: {error} The log above says why.") from error
         self.trouble = None
 
     def _load(self) -> None:
@@ -405,11 +409,14 @@ class Speech:
         except Exception as error:
             self.trouble = f"engine {self.engine.name} did not load: {error}"
             log.exception("the engine did not load")
-            return
-        while (ailment := self.engine.healthy()) is None:
-            time.sleep(HEALTH_CHECK_S)
-        self.trouble = ailment
-        log.error("the engine died: %s", ailment)
+            if self.retry_load_s is None:
+                return
+            time.sleep(self.retry_load_s)
+        else:
+            while (ailment := self.engine.healthy()) is None:
+                time.sleep(HEALTH_CHECK_S)
+            self.trouble = ailment
+            log.error("the engine died: %s", ailment)
         self.on_death()
 
     def _check(self, voices: Voices) -> None:

@@ -29,6 +29,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 RESERVE_THREADS = 128  # beyond the admitted requests: /health, and clients slow to send their request
 LEAVE_S = 5  # for running requests to be told, after their engine died
+RETRY_LOAD_S = 60  # what keeps a replacement from loading may pass: a GPU gives a killed process's memory back late
 HEADERS_TIMEOUT_S = 15  # for a request's headers
 reading_headers = {}  # by thread: the socket, and until when
 
@@ -89,6 +90,7 @@ def post_worker_init(worker):
     threading.Thread(target=end_slow_headers, name="slow-headers", daemon=True).start()
     signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
     service.on_death = leave
+    service.retry_load_s = RETRY_LOAD_S if worker.age > 1 else None  # of the first, its starter is told why
     service.start()
 
 

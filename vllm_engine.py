@@ -121,13 +121,20 @@ class EngineLoop:
         return len(self._running)
 
     def load(self, create: Callable[[], Coroutine[Any, Any, VoiceModel]]) -> VoiceModel:
-        """Start the thread, build the voice inside its loop and watch its processes; raise what `create` raises."""
+        """Start the thread, build the voice inside its loop and watch its processes; raise what `create` raises.
+
+        What it has started by then is ended.
+        """
         prepare_environment()
         before = set(descendants(os.getpid()))
         threading.Thread(target=self._run, name="engine-loop", daemon=True).start()
-        self.voice = asyncio.run_coroutine_threadsafe(create(), self._loop).result()
-        started = filter(is_alive, set(descendants(os.getpid())) - before)  # a dead one may have changed parents
-        self._processes = {pid: name for pid in started if (name := vital_name(pid))}
+        try:
+            self.voice = asyncio.run_coroutine_threadsafe(create(), self._loop).result()
+        finally:
+            started = filter(is_alive, set(descendants(os.getpid())) - before)  # a dead one may have changed parents
+            self._processes = {pid: name for pid in started if (name := vital_name(pid))}
+            if self.voice is None:
+                end_processes(self._processes, CLOSE_TIMEOUT_S)
         log.info("engine processes: %s", self._processes or "none")
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         return self.voice

@@ -1,9 +1,12 @@
 """The owner of a vLLM engine and what both vLLM engines share: a scripted voice, a real loop, real processes."""
 
 import os
+import signal
 import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +69,15 @@ class TestOwner:
 
         assert voice.thread == owner.run(where(), 5, ignore) != threading.get_ident()
 
+    def test_grad_is_off_in_the_loop_and_nowhere_else(self, voice, monkeypatch):
+        switched = []
+        torch = SimpleNamespace(set_grad_enabled=lambda on: switched.append((threading.get_ident(), on)))
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        owner = EngineLoop()
+        owner.load(voice.create)
+        assert switched == [(voice.thread, False)]
+        owner.close()
+
     def test_utterances_run_side_by_side(self, owner, voice):
         voice.delay_s = 0.3
         began = time.monotonic()
@@ -123,6 +135,17 @@ class TestOwner:
 
         with pytest.raises(RuntimeError, match="TTS_MODEL"):
             EngineLoop().load(create)
+
+    def test_what_failed_to_load_leaves_no_process(self):
+        started = []
+
+        async def create():
+            started.append(subprocess.Popen(["sleep", "600"]))
+            raise RuntimeError("out of memory")
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            EngineLoop().load(create)
+        assert started[0].wait(1) == -signal.SIGTERM
 
     def test_a_process_that_ignores_term_is_killed(self):
         stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"], stdout=-1)
@@ -369,3 +392,41 @@ def test_a_long_text_is_counted_as_it_is_spoken_and_not_before(app, voice):
 
 def test_an_engine_fault_is_a_500_of_ours():
     assert EngineFault("x").status == 500
+
+
+class TestLoading:
+    """What the service makes of an engine that does not come to its first words."""
+
+    @pytest.fixture
+    def load(self, voice):
+        """Load a service, whose engine fails as told; return it and how often it asked for another worker."""
+        made = []
+
+        def load(fault=None, **attributes):
+            async def create(_settings):
+                if fault:
+                    raise fault
+                return await voice.create()
+
+            engine, deaths = VllmEngine("omni", Settings(utterance_timeout_s=5), "scripted", create), []
+            made.append(engine)
+            service = create_app(engine._settings, engine).extensions["speech"]
+            vars(service).update(attributes, on_death=lambda: deaths.append(1))
+            service._load()
+            return service, len(deaths)
+
+        yield load
+        for engine in made:
+            engine.close()
+
+    def test_one_that_does_not_load_is_told_and_stays(self, load):
+        service, deaths = load(RuntimeError("TTS_MODEL: no such folder"))
+        assert (service.ailment(), deaths) == ("engine omni did not load: TTS_MODEL: no such folder", 0)
+
+    def test_a_replacement_that_does_not_load_makes_room_for_the_next(self, load):
+        service, deaths = load(RuntimeError("out of memory"), retry_load_s=0.1)
+        assert "out of memory" in service.ailment() and deaths == 1
+
+    def test_one_that_dies_at_its_first_words_is_told(self, load, voice):
+        voice.delay_s, voice.sick = 60, "stage 0 is dead"
+        assert "did not load: at its first words: The engine died: stage 0 is dead" in load()[0].ailment()
