@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
-from vllm_plugin import CHECKOUT_VARIABLE
+from vllm_plugin import CHECKOUT_VARIABLE, EMOTION_MODEL
 
 KEPT_REFERENCES = 32  # conditionings; each takes up to 8 MB of GPU memory (30 s of audio)
 KEPT_EMOTION_TEXTS = 256
@@ -38,8 +38,6 @@ EMOTION_TOKENS = 256  # eight emotions with their shares take 80
 SLOTS = 4  # some in the GPT while one is in the stages after it
 NOTHING = Spoken(np.zeros(0, np.float32), truncated=False)
 SOON, LATER = 0, 1  # what the GPT waits for goes before what makes sound of its codes
-
-EMOTION_MODEL = "qwen0.6bemo4-merge"  # its folder may be left out: then no emotion by text, and its memory is saved
 WEIGHTS = (
     "config.yaml", "bpe.model", "gpt.pth", "gpt/config.json", "s2mel.pth", "feat1.pt", "feat2.pt",
     "wav2vec2bert_stats.pt", "w2v-bert-2.0/config.json", "w2v-bert-2.0/preprocessor_config.json",
@@ -47,7 +45,9 @@ WEIGHTS = (
     "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
 TOO_SMALL_A_SHARE = "No available memory for the cache blocks"
-MEMORY_FAULTS = ("out of memory", "free memory", "engine core initialization failed")
+OUT_OF_MEMORY = "out of memory"
+MEMORY_FAULTS = (OUT_OF_MEMORY, "free memory", "engine core initialization failed")
+FOR_GOOD = "CUDA error"  # so begins what torch says of a fault after which no call to the GPU succeeds
 
 log = logging.getLogger("speech.indextts")
 
@@ -70,6 +70,7 @@ class IndexTTSVoice:
         self._worker = Worker(stages.prepare_thread)
         self._conditionings = Kept(KEPT_REFERENCES)
         self._emotions = Kept(KEPT_EMOTION_TEXTS)
+        self._fault: str | None = None
         self.emotes_by_text = emotion_model is not None
 
     @classmethod
@@ -121,8 +122,14 @@ class IndexTTSVoice:
         try:
             return await self._speak(text, reference, emotion, seed)
         except Exception as error:
+            if FOR_GOOD in str(error):
+                self._fault = f"the GPU failed a stage: {str(error).splitlines()[0]}"
             if reason := self.ailment():
                 raise EngineDead(reason) from error
+            if OUT_OF_MEMORY in str(error).lower():
+                raise RuntimeError(
+                    f"the GPU's memory beside vLLM's share ran out: lower TTS_GPU_MEMORY_UTILIZATION. {error}"
+                ) from error
             raise
 
     async def _speak(self, text: str, reference: Reference, emotion: Emotion, seed: int | None) -> Spoken:
@@ -140,7 +147,9 @@ class IndexTTSVoice:
         return Spoken(await self._worker.run(LATER, self._stages.sound, line, codes, seed), truncated)
 
     def ailment(self) -> str | None:
-        """Return None, or which of vLLM's engines has died."""
+        """Return None, or what has failed for good: one of vLLM's engines, or the GPU in a stage."""
+        if self._fault:
+            return self._fault
         engines = {"GPT": self._stages.engine, "emotion model": getattr(self._emotion_model, "model", None)}
         dead = [name for name, engine in engines.items() if engine is not None and engine.errored]
         return f"vLLM's engine of the {dead[0]} has died" if dead else None
@@ -290,11 +299,21 @@ def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: A
         traceback.clear_frames(error.__traceback__)  # they hold engines, whose processes end with them
         log.error("the checkout's IndexTTS2 did not load", exc_info=error)
         fault = f"IndexTTS2 of the checkout did not load from TTS_MODEL_DIR: {error}"
+        at_fault = shares_at_fault(error, shares)
     if TOO_SMALL_A_SHARE in fault:
-        fault += f". Raise {settings_of(shares)}"
+        fault += f". Raise {settings_of(at_fault)}"
     elif any(sign in fault.lower() for sign in MEMORY_FAULTS):
-        fault += f". If the GPU's memory ran out (the log above tells), lower {settings_of(shares)} or free some of it"
+        fault += f". If the GPU's memory ran out (the log above tells), lower {settings_of(at_fault)} or free some"
     raise LoadError(fault)
+
+
+def shares_at_fault(error: Exception, shares: dict[str, float]) -> dict[str, float]:
+    """Return the share of the engine in whose start an error was raised, all of them where both had started."""
+    passed = {frame.f_code.co_qualname.partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if "AsyncLLM" not in passed:
+        return shares
+    name = "TTS_QWENEMO_GPU_MEMORY_UTILIZATION" if "QwenEmotion" in passed else "TTS_GPU_MEMORY_UTILIZATION"
+    return {name: shares[name]}
 
 
 def make_greedy(generate: Callable[..., Any]) -> Callable[..., Any]:

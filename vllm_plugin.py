@@ -13,11 +13,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CHECKOUT_VARIABLE = "SPEECH_INDEXTTS_CHECKOUT"  # indextts_voice.py names its checkout in it; unset for other engines
 OMNI_VARIABLE = "SPEECH_OMNI"  # omni_voice.py sets it
 CALM = [0.0] * 7 + [1.0]  # of IndexTTS's eight emotions the last
+EMOTION_MODEL = "qwen0.6bemo4-merge"  # its folder in that of the weights
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = logging.getLogger("speech.plugin")
@@ -74,12 +76,25 @@ def compute_logits(self: Any, hidden_states: Any) -> Any:
 
 
 def mend_omni() -> None:
-    """Have the model that reads emotions answer the same each time, and no answer of it end the talker."""
+    """Have the model that reads emotions load with the talker, answer the same each time, and never end the talker."""
     from vllm_omni.model_executor.models.indextts2 import indextts2_talker as talker
 
     model = talker.IndexTTS2TalkerForConditionalGeneration
     talker.load_qwen_emotion = without_sampling(talker.load_qwen_emotion)
+    model._warmup_external_models = with_emotions(model._warmup_external_models, talker.load_qwen_emotion)
     model._predict_emotion_from_text = calm_at_worst(model._predict_emotion_from_text)
+
+
+def with_emotions(load: Callable[[Any, Any], None], load_emotions: Callable[..., Any]) -> Callable[[Any, Any], None]:
+    """Return a loader of the talker's other models that loads this one too: at its first use, memory may be short."""
+
+    @functools.wraps(load)
+    def loaded(self: Any, device: Any) -> None:
+        load(self, device)
+        if any(Path(self.model_path, below, EMOTION_MODEL).is_dir() for below in (".", "checkpoints")):
+            load_emotions(self.model_path, device)
+
+    return loaded
 
 
 def without_sampling(load: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

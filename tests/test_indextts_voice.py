@@ -91,6 +91,7 @@ class ScriptedStages:
     calls: list = field(default_factory=list)
     threads: set = field(default_factory=set)
     prepared: list = field(default_factory=list)
+    fault: Exception | None = None  # of whatever makes sound
 
     def prepare_thread(self):
         self.prepared.append(threading.get_ident())
@@ -110,6 +111,8 @@ class ScriptedStages:
 
     def sound(self, line, codes, seed):
         self._block("sound", (len(codes), seed))
+        if self.fault:
+            raise self.fault
         if not codes:
             raise RuntimeError("cannot reshape tensor of 0 elements")
         return np.full(len(codes) * 440, 0.5, np.float32)
@@ -421,6 +424,21 @@ def test_a_dead_emotion_model_is_told(owner, emotion_model):
     assert owner.voice.ailment() == "vLLM's engine of the emotion model has died"
 
 
+def test_a_gpu_that_fails_a_stage_for_good_is_told(owner, stages):
+    stages.fault = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+    with pytest.raises(EngineDead, match="the GPU failed a stage: CUDA error: an illegal memory access[a-z ]*$"):
+        speak(owner)
+    until(lambda: "CUDA error" in (owner.ailment() or ""))
+
+
+def test_memory_that_runs_out_in_a_stage_names_the_setting_and_ends_nothing(owner, stages):
+    stages.fault = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(RuntimeError, match="lower TTS_GPU_MEMORY_UTILIZATION. CUDA out of memory"):
+        speak(owner)
+    stages.fault = None
+    assert speak(owner).samples.size and owner.ailment() is None
+
+
 # --- loading ---
 
 
@@ -474,6 +492,26 @@ SHARES = {"TTS_GPU_MEMORY_UTILIZATION": 0.25, "TTS_QWENEMO_GPU_MEMORY_UTILIZATIO
 def test_memory_that_ran_out_names_the_settings_to_lower(message):
     with pytest.raises(LoadError, match="TTS_GPU_MEMORY_UTILIZATION=0.25 or TTS_QWENEMO_GPU_MEMORY_UTILIZATION=0.1"):
         construct(fail, SHARES, message=message, keep=[])
+
+
+class AsyncLLM:
+    """vLLM's engine, by its name."""
+
+    def __init__(self):
+        raise RuntimeError("Engine core initialization failed. See root cause above")
+
+
+class QwenEmotion:
+    """The checkout's emotion model, by its name."""
+
+    def __init__(self):
+        self.model = AsyncLLM()
+
+
+@pytest.mark.parametrize("make, name", [(AsyncLLM, "TTS_GPU_MEMORY"), (QwenEmotion, "TTS_QWENEMO_GPU_MEMORY")])
+def test_the_setting_of_the_engine_that_did_not_start_is_named(make, name):
+    with pytest.raises(LoadError, match=f"lower {name}_UTILIZATION=[0-9.]+ or free some$"):
+        construct(make, SHARES)
 
 
 def test_a_share_too_small_for_the_cache_is_to_be_raised():

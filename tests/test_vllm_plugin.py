@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import vllm_plugin
@@ -110,10 +111,41 @@ def test_a_checkout_in_use_is_registered_and_mended(monkeypatch, tmp_path, impor
     assert GPT2TTSModel.compute_logits is vllm_plugin.compute_logits
 
 
+@pytest.fixture
+def merged(monkeypatch):
+    """What vLLM's merge of prompts into embeddings is given."""
+    given = []
+    utils = SimpleNamespace(_merge_multimodal_embeddings=lambda *what: given.append(what) or "merged")
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.utils", utils)
+    return given
+
+
+def test_an_audio_code_0_is_no_place_for_a_prompt(merged):
+    model = SimpleNamespace(audio_emb=lambda ids: ids * 10)
+    ids, places = np.array([0, 0, 7]), np.array([True, False, False])
+    assert vllm_plugin.embed_input_ids(model, ids, ["prompt"], is_multimodal=places) == "merged"
+    [(embeddings, prompts, where)] = merged
+    assert (embeddings == [0, 0, 70]).all() and prompts == ["prompt"] and where is places
+
+
+def test_codes_alone_are_embedded(merged):
+    model = SimpleNamespace(audio_emb=lambda ids: ids * 10)
+    assert (vllm_plugin.embed_input_ids(model, np.array([0, 7])) == [0, 70]).all() and not merged
+
+
 def test_the_scores_have_their_bias():
     head = SimpleNamespace(bias="bias")
     model = SimpleNamespace(lm_head=head, logits_processor=lambda *given: given)
     assert vllm_plugin.compute_logits(model, "states") == (head, "states", "bias")
+
+
+@pytest.mark.parametrize("below", [".", "checkpoints", None])
+def test_the_emotion_model_loads_with_the_talker_where_it_is_there(tmp_path, below):
+    if below:
+        (tmp_path / below / vllm_plugin.EMOTION_MODEL).mkdir(parents=True)
+    loaded, talker = [], SimpleNamespace(model_path=str(tmp_path))
+    vllm_plugin.with_emotions(lambda *_: loaded.append("others"), lambda *what: loaded.append(what))(talker, "cuda:0")
+    assert loaded == ["others", *([(str(tmp_path), "cuda:0")] if below else [])]
 
 
 def test_the_emotion_model_does_not_sample():
