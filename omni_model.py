@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TALKER_SHARE = 0.65  # of the GPU memory: it holds w2v-bert and the KV cache, the decoder only itself
+
+log = logging.getLogger("speech.omni")
 
 
 class LoadError(RuntimeError):
@@ -29,17 +33,24 @@ class Kind:
     overrides: tuple[dict[str, Any], dict[str, Any]]
 
 
+FROM_HUB = {  # what vLLM-Omni fetches where the folder has none of these, by hub id
+    "facebook/w2v-bert-2.0": ("w2v-bert-2.0", "wav2vec2bert", "hf_cache/w2v-bert-2.0"),
+    "nvidia/bigvgan_v2_22khz_80band_256x": ("bigvgan", "hf_cache/bigvgan"),
+    "amphion/MaskGCT": ("semantic_codec.pth", "codec.pth"),
+}
+CAMPPLUS_HUB, CAMPPLUS = "funasr/campplus", "campplus_cn_common.bin"
+CAMPPLUS_PLACES = (CAMPPLUS, "campplus.pth", f"hf_cache/{CAMPPLUS}", f"campplus/{CAMPPLUS}")
 COMMON_WEIGHTS = ("gpt.pth", "s2mel.pth", "wav2vec2bert_stats.pt", "feat1.pt", "feat2.pt")
 WHOLE_PREFILL = {"enable_chunked_prefill": False, "max_num_batched_tokens": 2560}  # the talker takes a prompt in one
-KINDS = {
+KINDS = {  # in the order in which a folder is asked for their tokenizers: 2.5 may come with that of 2
+    "indextts2_5": Kind(
+        "IndexTTS-2.5", "indextts2_5", ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
+        prompt_overhead=6, codes_per_s=25, speed_range=(0.5, 2.0), overrides=(WHOLE_PREFILL, {}),
+    ),
     "indextts2": Kind(
         "IndexTTS-2", "indextts2", ("bpe.model", *COMMON_WEIGHTS),
         prompt_overhead=37, codes_per_s=50, speed_range=(1.0, 1.0),
         overrides=(WHOLE_PREFILL, {"max_num_seqs": 1}),  # two at once end its decoder
-    ),
-    "indextts2_5": Kind(
-        "IndexTTS-2.5", "indextts2_5", ("multilingual_zh_ja_yue_char_del.tiktoken", "codec.pth", *COMMON_WEIGHTS),
-        prompt_overhead=6, codes_per_s=25, speed_range=(0.5, 2.0), overrides=(WHOLE_PREFILL, {}),
     ),
 }  # fmt: skip
 
@@ -54,10 +65,15 @@ def find_model(model: str) -> Path:
         raise LoadError(f"TTS_MODEL: there is no folder {model}")
     from huggingface_hub import snapshot_download
 
+    return from_hub(f"TTS_MODEL: {model!r} is no folder", snapshot_download, model)
+
+
+def from_hub(fault: str, fetch: Callable[..., str], *what: str) -> Path:
+    """Return where the hub's client put something; raise LoadError that says `fault` where it could not."""
     try:
-        return Path(snapshot_download(model))
+        return Path(fetch(*what))
     except Exception as error:
-        raise LoadError(f"TTS_MODEL: {model!r} is no folder, and the hub did not give it: {error}") from error
+        raise LoadError(f"{fault}, and the hub did not give it: {error}") from error
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -79,9 +95,38 @@ def find_kind(folder: Path) -> Kind:
 
 
 def check_weights(folder: Path, kind: Kind) -> None:
-    """Raise LoadError naming the files that are missing."""
+    """Raise LoadError naming the files that are missing; log what will be fetched."""
     if missing := [name for name in kind.weights if not find(folder, name)]:
         raise LoadError(f"TTS_MODEL: {folder} lacks {', '.join(missing)} of {kind.name}")
+    for hub_id in fetched(folder):
+        log.info("TTS_MODEL lacks %s: vLLM-Omni takes it from the hub, or the hub's cache", hub_id)
+
+
+def fetched(folder: Path) -> list[str]:
+    """Return the hub ids of what vLLM-Omni will fetch, as it is not in the model's folder."""
+    return [hub_id for hub_id, names in FROM_HUB.items() if not any(find(folder, name) for name in names)]
+
+
+def complete(folder: Path, scratch: Path) -> Path:
+    """Return a model's folder with config.json and CAMPPlus in it, one of links where it lacks them; raise LoadError.
+
+    IndexTTS's own repositories do. vLLM-Omni fills in an empty config.json; CAMPPlus it fetches for a hub id alone.
+    """
+    has_config, has_campplus = (folder / "config.json").exists(), any(find(folder, each) for each in CAMPPLUS_PLACES)
+    if has_config and has_campplus:
+        return folder
+    whole = scratch / folder.name
+    whole.mkdir()
+    for path in folder.iterdir():
+        (whole / path.name).symlink_to(path)
+    if not has_config:
+        (whole / "config.json").write_text("{}")
+    if not has_campplus:
+        from huggingface_hub import hf_hub_download
+
+        file = from_hub(f"TTS_MODEL: {folder} lacks {CAMPPLUS}", hf_hub_download, CAMPPLUS_HUB, CAMPPLUS)
+        (whole / CAMPPLUS).symlink_to(file)
+    return whole
 
 
 def deploy_profile(kind: Kind, gpu_memory_utilization: float) -> dict[str, Any]:
@@ -106,22 +151,27 @@ def write_profile(scratch: Path, kind: Kind, gpu_memory_utilization: float) -> P
     return file
 
 
-OUT_OF_MEMORY = re.compile("out of memory|no available memory|kv cache", re.I)
+SHORT_MEMORY = {  # what vLLM says of it, and what to do
+    re.compile("no available memory|kv cache", re.I): "raise TTS_GPU_MEMORY_UTILIZATION",
+    re.compile("out of memory|free memory", re.I): "lower TTS_GPU_MEMORY_UTILIZATION, or free some",
+}
 IN_THE_LOG = "See root cause above"  # all that vLLM hands on of what went wrong in a stage's process
 
 
-def explain(error: BaseException) -> str:
-    """Return why the engine did not start, with what to do where the GPU's memory is short, or may be."""
+def explain(error: BaseException, from_the_hub: list[str]) -> str:
+    """Return why the engine did not start, with what to do where memory or the hub is, or may be, at fault."""
     told, cause = [], error
     while cause and str(cause) not in " / ".join(told):
         told.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     reason = " / ".join(told)[:1000]
-    if OUT_OF_MEMORY.search(reason):
-        return f"the GPU's memory does not do: change TTS_GPU_MEMORY_UTILIZATION, or free some. {reason}"
+    for sign, advice in SHORT_MEMORY.items():
+        if sign.search(reason):
+            return f"the GPU's memory does not do: {advice}. {reason}"
     if IN_THE_LOG in reason:
+        hub = f", if the hub, put {' and '.join(from_the_hub)} into the folder of TTS_MODEL" if from_the_hub else ""
         return (
             "a stage of vLLM-Omni did not start; the log above says why. If it was for want of GPU memory, change "
-            f"TTS_GPU_MEMORY_UTILIZATION. {reason}"
+            f"TTS_GPU_MEMORY_UTILIZATION{hub}. {reason}"
         )
     return f"vLLM-Omni did not start with TTS_MODEL: {reason}"

@@ -19,9 +19,20 @@ from typing import Any
 import numpy as np
 import soxr
 
-from omni_model import Kind, LoadError, check_weights, explain, find, find_kind, find_model, write_profile
+from omni_model import (
+    Kind,
+    LoadError,
+    check_weights,
+    complete,
+    explain,
+    fetched,
+    find,
+    find_kind,
+    find_model,
+    write_profile,
+)
 from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
-from vllm_plugin import OMNI_VARIABLE
+from vllm_plugin import EMOTION_MODEL, OMNI_VARIABLE
 
 SAMPLE_RATE = 22_050  # Hz, of both models
 REFERENCE_S = 15  # the models hear no more of a reference audio
@@ -30,7 +41,6 @@ MIN_CODES = 8  # an utterance without audio codes ends the decoder
 RUNAWAY_S, RUNAWAY_S_PER_TOKEN = 4.0, 1.0  # speech that lasts longer is not of this text
 MAX_EMOTION = 1.2  # more of one emotion ends the talker
 START_CODE = 8192  # says "audio begins"; the decoder has no sound for it, and ends
-EMOTION_MODEL = "qwen0.6bemo4-merge"
 CACHED_TEXTS = 1024  # texts remembered as written out and counted: first split by that, then spoken
 
 log = logging.getLogger("speech.omni")
@@ -63,12 +73,13 @@ class OmniVoice:
             raise LoadError(NO_GPU)
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
+        folder = complete(folder, Path(scratch.name))
         profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
         os.environ[OMNI_VARIABLE] = "1"
         try:
             engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
         except Exception as error:
-            raise LoadError(explain(error)) from error
+            raise LoadError(explain(error, fetched(folder))) from error
         return cls(folder, kind, engine, scratch)
 
     def count_tokens(self, text: str) -> int:

@@ -3,11 +3,22 @@
 import asyncio
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import omni_voice
-from omni_model import KINDS, LoadError, check_weights, explain, find_kind
+from omni_model import (
+    CAMPPLUS,
+    CAMPPLUS_PLACES,
+    KINDS,
+    LoadError,
+    check_weights,
+    complete,
+    explain,
+    fetched,
+    find_kind,
+)
 from omni_voice import OmniVoice
 
 
@@ -77,6 +88,13 @@ def test_the_two_models_are_told_apart_with_and_without_a_config(model):
     assert find_kind(model) == kind
 
 
+def test_a_model_2_5_that_comes_with_the_tokenizer_of_2_is_none_of_2(model):
+    kind = find_kind(model)
+    (model / "config.json").write_text("{}")
+    (model / "bpe.model").touch()
+    assert find_kind(model) == kind
+
+
 def test_weights_may_lie_in_a_folder_of_their_own(model):
     (model / "checkpoints").mkdir()
     for name in KINDS["indextts2"].weights + KINDS["indextts2_5"].weights:
@@ -98,20 +116,72 @@ def test_the_language_of_an_utterance_is_found(text, language):
 
 
 @pytest.mark.parametrize(
-    "error",
+    "error, advice",
     [
-        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."),
-        RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"),
-        ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), "lower"),
+        (ValueError("Free memory on device (1.2/24.0 GiB) on startup is less than desired"), "lower"),
+        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."), "raise"),
+        (ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"), "raise"),
+        (RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"), "change"),
     ],
 )
-def test_short_memory_names_the_setting(error):
+def test_short_memory_names_the_setting(error, advice):
     try:
         raise RuntimeError("Orchestrator initialization failed") from error
     except RuntimeError as raised:
-        assert "TTS_GPU_MEMORY_UTILIZATION" in explain(raised)
+        assert f"{advice} TTS_GPU_MEMORY_UTILIZATION" in explain(raised, [])
 
 
 def test_another_error_at_the_start_is_told_as_it_is():
-    assert explain(KeyError("gpt")) == "vLLM-Omni did not start with TTS_MODEL: 'gpt'"
+    assert explain(KeyError("gpt"), []) == "vLLM-Omni did not start with TTS_MODEL: 'gpt'"
+
+
+def test_what_vllm_omni_fetches_is_named_where_a_stage_does_not_start(model, caplog):
+    caplog.set_level("INFO", "speech.omni")
+    (model / "bigvgan").mkdir()
+    check_weights(model, find_kind(model))
+    assert "facebook/w2v-bert-2.0" in caplog.text and "nvidia/bigvgan" not in caplog.text
+    assert "put facebook/w2v-bert-2.0" in explain(RuntimeError("See root cause above"), fetched(model))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub's client that gives CAMPPlus, or nothing where the test takes the file away."""
+    file = tmp_path / "hub" / CAMPPLUS
+    file.parent.mkdir()
+    file.write_text("weights")
+
+    def fetch(*what):
+        assert what == ("funasr/campplus", CAMPPLUS)
+        return str(file.resolve(strict=True))
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=fetch))
+    return file
+
+
+def test_campplus_is_laid_beside_weights_that_come_without_it(model, hub, tmp_path_factory):
+    whole = complete(model, tmp_path_factory.mktemp("scratch"))
+    assert whole != model and (whole / CAMPPLUS).read_text() == "weights"
+    assert {path.name for path in whole.iterdir()} == {CAMPPLUS, *(path.name for path in model.iterdir())}
+    assert (whole / "config.json").samefile(model / "config.json")
+
+
+def test_a_config_is_laid_beside_weights_that_come_without_it(model, tmp_path_factory):
+    (model / CAMPPLUS).touch()
+    (model / "config.json").unlink()
+    whole = complete(model, tmp_path_factory.mktemp("scratch"))
+    assert json.loads((whole / "config.json").read_text()) == {} and find_kind(whole) == find_kind(model)
+    assert not (model / "config.json").exists(), "the model's folder is not ours to write to"
+
+
+@pytest.mark.parametrize("place", CAMPPLUS_PLACES)
+def test_a_folder_that_has_campplus_stays_as_it_is(model, place, tmp_path):
+    (model / place).parent.mkdir(exist_ok=True)
+    (model / place).touch()
+    assert complete(model, tmp_path) == model
+
+
+def test_campplus_that_the_hub_does_not_give_is_named(model, hub, tmp_path_factory):
+    hub.unlink()
+    with pytest.raises(LoadError, match=f"TTS_MODEL: {model} lacks {CAMPPLUS}, and the hub did not give it"):
+        complete(model, tmp_path_factory.mktemp("scratch"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from models import wait_for, write_cpu_profile
-from serving import Server, decode, pcm
+from models import cpu_profile, lay_in_hub_cache, wait_for
+from serving import REPOSITORY, Server, decode, pcm
 
 from vllm_engine import children, descendants, is_alive
 
@@ -22,9 +22,10 @@ READY_S = 600  # a busy machine takes minutes to start five processes that impor
 SENTENCES = ("Hello world.", "今天天气很好。", "This is a test.", "我们在测试。") * 2
 
 
-def omni_server(model: str, checkpoints, folder, **environment: str) -> Server:
+def omni_server(model: str, checkpoints, folder, config=None, **environment: str) -> Server:
     """Start gunicorn on a checkpoint, with a folder of reference audio and without the cache of finished utterances."""
-    profile = write_cpu_profile(folder / "deploy.yaml", model)
+    profile = folder / "deploy.yaml"
+    profile.write_text(json.dumps(cpu_profile(model, config)))
     (folder / "references").mkdir()
     settings = {
         "TTS_ENGINE": "omni", "TTS_MODEL": str(checkpoints / model), "TTS_OMNI_DEPLOY_CONFIG": str(profile),
@@ -37,8 +38,12 @@ def omni_server(model: str, checkpoints, folder, **environment: str) -> Server:
 
 @pytest.fixture(scope="module", params=["indextts2_5", "indextts2"])
 def server(request, checkpoints, tmp_path_factory):
-    """A server that is ready, of either model."""
-    with omni_server(request.param, checkpoints, tmp_path_factory.mktemp(request.param)) as running:
+    """A server that is ready: of IndexTTS-2.5 in a folder, and of IndexTTS-2 by its hub id."""
+    folder, named = tmp_path_factory.mktemp(request.param), {}
+    if request.param == "indextts2":
+        hub_id, config = lay_in_hub_cache(checkpoints / request.param, folder / "hub")
+        named = {"config": config, "TTS_MODEL": hub_id, "HF_HUB_CACHE": str(folder / "hub")}
+    with omni_server(request.param, checkpoints, folder, **named) as running:
         began = time.monotonic()
         running.model, running.report = request.param, running.wait_until(200, READY_S)
         print(f"\n{request.param} ready after {time.monotonic() - began:.0f} s, {resident_gb(running):.1f} GB")
@@ -70,7 +75,8 @@ def speak(server: Server, text: str = SENTENCES[0], **fields) -> np.ndarray:
 
 def test_health_tells_which_model_is_ready(server):
     kind = {"indextts2": "IndexTTS-2", "indextts2_5": "IndexTTS-2.5"}[server.model]
-    expected = {"status": "healthy", "engine": "omni", "model": server.model, "model_kind": kind, "voices": 11}
+    name = {"indextts2": "IndexTTS-2", "indextts2_5": "indextts2_5"}[server.model]
+    expected = {"status": "healthy", "engine": "omni", "model": name, "model_kind": kind, "voices": 11}
     assert server.report | expected == server.report
     assert server.report["emotes_by_text"] == (server.model == "indextts2")
 
@@ -111,6 +117,12 @@ def test_the_native_call_speaks_in_a_voice_and_clones_a_file(server):
         assert (status, headers["content-type"], headers["x-voice"]) == (200, "audio/wav", voice), body
         voices.append(decode(body)[0])
     assert all(0.5 < len(samples) / 22_050 < 4 for samples in voices)
+
+
+def test_a_recording_is_cloned_and_the_voices_are_told(server):
+    status, headers, body = server.clone(SENTENCES[0], (REPOSITORY / "examples" / "voice_04.wav").read_bytes())
+    assert (status, headers["content-type"], headers["x-voice"]) == (200, "audio/wav", "cloned"), body
+    assert len(json.loads(server.get("/v1/audio/voices")[2])["voices"]) == 11
 
 
 @pytest.mark.parametrize("count", [4, 8])

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from models import wait_for, write_cpu_profile
+from models import cpu_profile, wait_for
 
+import omni_model
 import omni_voice
 import vllm_plugin
 from omni_voice import OmniVoice
@@ -60,11 +61,12 @@ class Voice:
 
 
 @pytest.fixture(scope="module", params=["indextts2_5", "indextts2"])
-def voice(request, checkpoints, tmp_path_factory):
-    """Both models, one after the other."""
-    profile = write_cpu_profile(tmp_path_factory.mktemp("deploy") / "deploy.yaml", request.param)
+def voice(request, checkpoints):
+    """Both models, one after the other, on the profile that omni_model.py writes, made fit for a CPU."""
     began = time.monotonic()
-    voice = Voice(str(checkpoints / request.param), profile)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omni_model, "deploy_profile", lambda *_: cpu_profile(request.param))
+        voice = Voice(str(checkpoints / request.param), None)
     print(f"\n{request.param} loaded in {time.monotonic() - began:.0f} s")
     yield voice
     voice.owner.close()
