@@ -78,6 +78,20 @@ class Server:
         given = {"Content-Type": "application/json", **headers}
         return open_url(urllib.request.Request(self.url + path, data, given, method="POST"))
 
+    def send_file(self, path: str, field: str, data: bytes, **fields: object) -> tuple[int, dict]:
+        """Send a recording in a form; return status and JSON."""
+        named = "--b\r\nContent-Disposition: form-data; name="
+        parts = [f'{named}"{name}"\r\n\r\n{value}\r\n'.encode() for name, value in fields.items()]
+        head = f'{named}"{field}"; filename="a.wav"\r\n\r\n'.encode()
+        body = b"".join([*parts, head, data, b"\r\n--b--\r\n"])
+        status, _, answer = self.post(path, body, **{"Content-Type": "multipart/form-data; boundary=b"})
+        return status, json.loads(answer)
+
+    def clone(self, text: str, recording: bytes, **fields: object) -> tuple[int, dict, bytes]:
+        """Speak like a recording, as the dubbing worker asks for it."""
+        _, told = self.send_file("/upload_audio", "file", recording)
+        return self.post("/tts_url_with_cloning", {"text": text, "spk_audio_path": told["server_path"], **fields})
+
     def speak(self, text: str, **fields: object) -> tuple[np.ndarray, int]:
         """Return the float32 samples and rate of what POST /v1/audio/speech says."""
         status, _, body = self.post("/v1/audio/speech", {"model": "tts-1", "input": text, **fields})

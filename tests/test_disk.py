@@ -1,7 +1,6 @@
 """Full and read-only disks under the real gunicorn: for the log, for uploads, for temporary files, for everything."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -53,11 +52,7 @@ def post_file(server, path=UPLOAD, field="file", seconds=3, **fields):
     """Send a recording as a form; return the status and the JSON."""
     wav = io.BytesIO()
     soundfile.write(wav, speech_like(seconds), 24_000, format="WAV")
-    parts = [f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode() for k, v in fields.items()]
-    head = f'--b\r\nContent-Disposition: form-data; name="{field}"; filename="a.wav"\r\n\r\n'.encode()
-    body = b"".join([*parts, head, wav.getvalue(), b"\r\n--b--\r\n"])
-    status, _, answer = server.post(path, body, **{"Content-Type": "multipart/form-data; boundary=b"})
-    return status, json.loads(answer)
+    return server.send_file(path, field, wav.getvalue(), **fields)
 
 
 def kill_worker(server):

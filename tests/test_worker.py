@@ -177,11 +177,7 @@ def joined_seconds(folder: Path, wavs: list[bytes]) -> tuple[float, np.ndarray]:
 
 def clone_of(server: Server, text: str) -> bytes:
     """One segment as the newer worker asks for it."""
-    boundary, data = "x", (HERE / "examples" / "voice_03.wav").read_bytes()
-    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
-    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    path = json.loads(server.post("/upload_audio", head + data + b"\r\n--x--\r\n", **kind)[2])["server_path"]
-    return server.post("/tts_url_with_cloning", {"text": text, "spk_audio_path": path})[2]
+    return server.clone(text, (HERE / "examples" / "voice_03.wav").read_bytes())[2]
 
 
 ROUTES = [

@@ -11,8 +11,10 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from serving import decode, open_url
+import soundfile
+from serving import REPOSITORY, decode, open_url
 
 from vllm_engine import children, descendants, is_alive, vital_name
 
@@ -21,14 +23,21 @@ if not os.environ.get("INDEXTTS_CHECKOUT"):
 
 LOAD_S = 500  # on two busy cores
 SPEECH = "/v1/audio/speech"
+EXAMPLES = REPOSITORY / "examples"
 TEXT = "大家好，欢迎收看本期节目！"
 SENTENCES = "We are dubbing a video, line by line! How are you today? The quick brown fox jumps over the lazy dog. "
 
 
 @pytest.fixture(scope="module")
-def server(start_server):
+def references(tmp_path_factory):
+    """The folder of the files that requests may name, beside the voices'."""
+    return tmp_path_factory.mktemp("references")
+
+
+@pytest.fixture(scope="module")
+def server(start_server, references):
     """A ready server."""
-    server = start_server()
+    server = start_server(TTS_REFERENCE_DIRS=f"{EXAMPLES}:{references}")
     server.wait_until(200, LOAD_S)
     return server
 
@@ -76,9 +85,13 @@ def engine_of(server):
     return engine
 
 
-def test_speech_is_spoken_at_the_model_s_rate(server):
-    samples, rate = speak(server, TEXT)
-    assert rate == 22_050 and 0.2 < len(samples) / rate < 3
+@pytest.mark.parametrize("path", [SPEECH, "/audio/speech"])
+def test_speech_is_spoken_at_the_model_s_rate(server, path):
+    status, headers, body = post(server, path, {"model": "m", "input": TEXT, "voice": "nova"})
+    samples, rate = decode(body)
+    assert (status, headers["content-type"]) == (200, "audio/wav")
+    assert (headers["x-engine"], headers["x-voice"]) == ("indextts", "nova")
+    assert rate == 22_050 and 0.2 < len(samples) / rate < 3 and 0.01 < np.abs(samples).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["pcm", "mp3", "opus", "aac", "flac"])
@@ -95,6 +108,39 @@ def test_the_native_call_speaks_with_each_emotion_method(server):
         status, headers, body = post(server, "/tts_url", {**asked, **method})
         assert (status, headers["content-type"]) == (200, "audio/wav"), body
         assert decode(body)[0].size
+
+
+def test_events_carry_audio_and_their_end(server):
+    asked = {"model": "m", "input": TEXT, "stream_format": "sse", "response_format": "pcm"}
+    status, headers, body = post(server, SPEECH, asked)
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    assert b"speech.audio.delta" in body
+    assert body.strip().splitlines()[-1].startswith(b'data: {"type": "speech.audio.done"')
+
+
+def test_a_recording_is_cloned(server):
+    status, headers, body = server.clone(TEXT, (EXAMPLES / "voice_04.wav").read_bytes(), emo_alpha=0.5)
+    assert (status, headers["content-type"], headers["x-voice"]) == (200, "audio/wav", "cloned"), body
+    assert decode(body)[0].size
+
+
+def test_a_reference_audio_that_does_not_do_is_refused(server, references):
+    soundfile.write(references / "short.wav", np.full(800, 0.1), 16_000)
+    soundfile.write(references / "silent.wav", np.zeros(48_000), 16_000)
+    (references / "text.wav").write_text("no audio")
+    for name in ("short.wav", "silent.wav", "text.wav", "missing.wav", "../log"):
+        status, _, body = post(server, "/tts_url", {"text": "Hi.", "spk_audio_path": str(references / name)})
+        assert status == 400 and name.split("/")[-1] in json.loads(body)["error"], body
+    assert speak(server, TEXT)[0].size
+
+
+def test_speed_shortens(server):
+    plain, fast = (len(speak(server, TEXT, seed=1, speed=speed)[0]) for speed in (1, 2))
+    assert fast == pytest.approx(plain / 2, rel=0.25)  # so short that the silence at its ends counts
+
+
+def test_each_voice_sounds_like_another(server):
+    assert len({speak(server, TEXT, seed=1, voice=voice)[0].tobytes() for voice in ("alloy", "onyx", "nova")}) == 3
 
 
 def test_emotion_words_without_their_model_are_refused(server):
@@ -141,6 +187,20 @@ def test_missing_weights_are_told_by_health(start_server, tmp_path):
     server = start_server(TTS_MODEL_DIR=str(tmp_path))
     until(lambda: "TTS_MODEL_DIR" in health(server)[1].get("message", ""), 120)
     assert health(server)[0] == 503
+
+
+def test_emotion_words_are_spoken_where_their_model_is_and_term_ends_a_load(start_server, weights):
+    server = start_server(TTS_MODEL_DIR=str(weights))
+    assert server.wait_until(200, LOAD_S)["emotes_by_text"]
+    asked = {"model": "m", "input": TEXT, "instructions": "sadly", "seed": 1}
+    assert decode(post(server, SPEECH, asked)[2])[0].size
+    os.kill(worker_of(server), signal.SIGKILL)
+    until(lambda: health(server)[1].get("status") == "loading", 60)
+    until(lambda: any("VLLM" in (vital_name(pid) or "") for pid in descendants(server.process.pid)), LOAD_S)
+    left = descendants(server.process.pid)
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(60)
+    until(lambda: not any(map(is_alive, left)), 10)
 
 
 # The last ones: each ends the server's worker.
