@@ -24,7 +24,7 @@ LOCK := uv pip compile --universal --fork-strategy fewest --python-version 3.11 
 # A checkout's environment is kept in the user's cache folder, under the checksum of what is in it.
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/indextts-openai-server
 INDEXTTS_VENV := $(CACHE)/indextts-$(shell sha256sum tests/indextts/requirements.txt | cut -c1-16)
-SIZE ?= middle
+SIZE ?= full
 INDEXTTS_WEIGHTS := $(CACHE)/indextts-$(SIZE)-$(shell sha256sum tests/indextts/make_checkpoint.py | cut -c1-12)
 
 .PHONY: help
@@ -69,7 +69,7 @@ bench-peers: install ## race this server against kokoro-cli and fastkokoro, whic
 	$(BIN)/python benchmarks/peers.py
 
 .PHONY: bench-indextts
-bench-indextts: $(INDEXTTS_VENV)/installed ## print what driving a checkout stage by stage is worth, INDEXTTS_CHECKOUT=DIR, SIZE=middle or full
+bench-indextts: $(INDEXTTS_VENV)/installed ## print what driving a checkout stage by stage is worth, INDEXTTS_CHECKOUT=DIR (7 GB, half an hour; SIZE=middle is quicker)
 	@[ -n "$(INDEXTTS_CHECKOUT)" ] || { echo "Name an index-tts-vllm checkout: make $@ INDEXTTS_CHECKOUT=DIR" >&2; exit 1; }
 	[ -e $(INDEXTTS_WEIGHTS)/made ] || { \
 	  $(INDEXTTS_VENV)/bin/python tests/indextts/make_checkpoint.py $(INDEXTTS_CHECKOUT) $(INDEXTTS_WEIGHTS) --size $(SIZE) --codes 100; \

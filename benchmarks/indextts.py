@@ -16,7 +16,8 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from servers import ROOT
 
 sys.path.insert(0, str(ROOT))
 
+from app import create_app
 from indextts_voice import IndexTTSVoice
 from reference_audio import load_reference
-from vllm_engine import Emotion, EngineLoop, Reference
+from settings import Settings
+from vllm_engine import Emotion, Reference
 
 SPEAKER = ROOT / "examples" / "voice_01.wav"
 SENTENCES = (
@@ -103,18 +106,39 @@ class Bench:
     """One loaded checkout, spoken with in both ways."""
 
     def __init__(self, checkout: Path, weights: Path):
-        self.owner, self.heard = EngineLoop(), 0
-        shares = {"gpu_memory_utilization": 0.25, "qwenemo_gpu_memory_utilization": 0.1}
-        create = functools.partial(IndexTTSVoice.create, checkout=checkout, model_dir=weights, fp16=False, **shares)
-        self.voice: Any = self.owner.load(create)
+        settings = Settings(engine="indextts", indextts_dir=checkout, model_dir=weights, cache_bytes=0)
+        app = create_app(settings)
+        app.extensions["speech"].load()
+        self.client, self.owner, self.heard = app.test_client(), app.extensions["speech"].engine._owner, 0
+        self.voice: Any = self.owner.voice
         self.tts, self.meter = self.voice._stages._tts, Meter(self.voice)
         self.tts.gpt.sampling_params.seed = SEED
+        self.codes: list[tuple[int, ...]] = []
+        self.voice._stages.engine.generate = self._noting(self.voice._stages.engine.generate)
+
+    def _noting(self, generate: Callable) -> Callable:
+        """Note the audio codes that vLLM's GPT writes, for whoever asked."""
+
+        async def noting(*args: Any, **options: Any) -> AsyncIterator[Any]:
+            async for output in generate(*args, **options):
+                yield output
+            self.codes.append(tuple(output.outputs[0].token_ids))
+
+        return noting
 
     def run(self, work: Coroutine) -> tuple[Any, float]:
         """Run a coroutine in the loop; return what it gives and the seconds it took."""
         began = time.perf_counter()
         given = asyncio.run_coroutine_threadsafe(work, self.owner._loop).result()
         return given, time.perf_counter() - began
+
+    def post(self, text: str) -> float:
+        """Ask the service for a text as a client does; return the seconds it took."""
+        began = time.perf_counter()
+        answer = self.client.post("/v1/audio/speech", json={"model": "m", "input": text, "seed": SEED})
+        if answer.status_code != 200:
+            raise ValueError(answer.get_data(as_text=True))
+        return time.perf_counter() - began
 
     def reference(self, seen: bool) -> Reference:
         """Return the speaker's audio, as one never heard before unless `seen`."""
@@ -152,26 +176,35 @@ def conditioning_rows(bench: Bench, rounds: int) -> list[Row]:
 
 
 def overhead_row(bench: Bench, rounds: int) -> Row:
-    """Return the share of a request alone in which no stage ran."""
+    """Return the share of a request alone, from its JSON to its WAV, in which no stage ran."""
     shares = []
     for _ in range(rounds):
         bench.meter.clear()
-        _, seconds = bench.run(bench.speak(SENTENCES[:1], bench.reference(seen=True)))
+        seconds = bench.post(SENTENCES[0])
         shares.append(1 - bench.meter.busy(*STAGES, "generate") / seconds)
     return ["our time outside the stages, share of a request", f"{statistics.median(shares):.2%}", "at most 3%"]
 
 
 def sentences_rows(bench: Bench, rounds: int) -> list[Row]:
-    """Return the time of four sentences against infer()'s, for a voice seen and for a new one; the sides take turns."""
+    """Return the time of four sentences against infer()'s, for a voice seen and for a new one; the sides take turns.
+
+    infer() listens to the voice every time. How many of the sentences had the same codes on both sides comes last.
+    """
     ratios: dict[bool, list[float]] = {True: [], False: []}
+    equal = total = 0
     for _ in range(rounds):
+        bench.codes.clear()
         _, theirs = bench.run(bench.infer(SENTENCES))
+        expected = Counter(bench.codes)
         for seen, found in ratios.items():
+            bench.codes.clear()
             _, ours = bench.run(bench.speak(SENTENCES, bench.reference(seen)))
             found.append(ours / theirs)
+            equal, total = equal + (Counter(bench.codes) & expected).total(), total + len(SENTENCES)
     told = (f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" for found in ratios.values())
     names = (f"four sentences against infer(), voice {kind}" for kind in ("already heard", "new"))
-    return [[name, figure, "at most 0.85"] for name, figure in zip(names, told, strict=True)]
+    rows = [[name, figure, "at most 0.85"] for name, figure in zip(names, told, strict=True)]
+    return [*rows, ["sentences with the same codes on both sides", f"{equal} of {total}", "all"]]
 
 
 def blocking_rows(bench: Bench) -> list[Row]:
@@ -188,6 +221,7 @@ def measure(bench: Bench, rounds: int) -> list[Row]:
     """Return all rows."""
     bench.run(bench.speak(SENTENCES, bench.reference(seen=False)))  # the first time of everything is slower
     bench.run(bench.infer(SENTENCES[:1]))
+    bench.post(SENTENCES[0])
     rows = [*conditioning_rows(bench, rounds), overhead_row(bench, rounds)]
     bench.meter.clear()
     return [*rows, *sentences_rows(bench, rounds), *blocking_rows(bench)]
@@ -203,7 +237,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     bench = Bench(given.checkout.resolve(), given.weights.resolve())
     try:
-        rows = measure(bench, given.rounds)
+        rows = [["weights", given.weights.name, "-"], *measure(bench, given.rounds)]
     finally:
         bench.owner.close()
     print(markdown(["figure", "measured", "to reach"], rows))
