@@ -399,7 +399,7 @@ class Speech:
             for text in ("Ready.", "好了。"):
                 trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
         except Unavailable as error:
-            raise RuntimeError(f"at its first words: {error} The log above says why.") from error
+            raise RuntimeError(f"at its first words: {error.__cause__ or error}. The log above says why") from error
         self.trouble = None
 
     def _load(self) -> None:
@@ -409,8 +409,10 @@ class Speech:
         except Exception as error:
             self.trouble = f"engine {self.engine.name} did not load: {error}"
             log.exception("the engine did not load")
+            self.engine.close()
             if self.retry_load_s is None:
                 return
+            log.info("the next try is in %g s", self.retry_load_s)
             time.sleep(self.retry_load_s)
         else:
             while (ailment := self.engine.healthy()) is None:

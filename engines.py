@@ -227,7 +227,7 @@ class VllmEngine:
         try:
             return self._owner.run(work, self._settings.utterance_timeout_s, options.cancellation.on_cancel)
         except EngineDead as error:
-            raise Unavailable(f"The engine died: {error}. Another one is being started.", code="engine_died") from None
+            raise Unavailable(f"The engine died: {error}. Another one is being started.", code="engine_died") from error
         except DeadlinePassed as error:
             raise Unavailable(f"Too late: {error}.", code="timeout") from None
         except GivenUp:

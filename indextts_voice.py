@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import random
+import re
 import sys
 import threading
 import traceback
@@ -44,9 +45,15 @@ WEIGHTS = (
     "semantic_codec/model.safetensors", "campplus/campplus_cn_common.bin", "bigvgan/config.json",
     "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
-TOO_SMALL_A_SHARE = "No available memory for the cache blocks"
-OUT_OF_MEMORY = "out of memory"
-MEMORY_FAULTS = (OUT_OF_MEMORY, "free memory", "engine core initialization failed")
+OUT_OF_MEMORY = re.compile("out of memory|free memory|ALLOC_FAILED", re.I)
+SHORT_MEMORY = {  # what is said where an engine does not start, and what to do
+    re.compile("No available memory for the cache blocks"): "Raise {}",
+    OUT_OF_MEMORY: "Lower {} or free some",
+    # all that vLLM hands on of what went wrong in its process
+    re.compile("Engine core initialization failed"): (
+        "Where the log above says 'No available memory', raise {0}; where 'out of memory' or 'Free memory', lower {0}"
+    ),
+}
 FOR_GOOD = "CUDA error"  # so begins what torch says of a fault after which no call to the GPU succeeds
 
 log = logging.getLogger("speech.indextts")
@@ -122,11 +129,12 @@ class IndexTTSVoice:
         try:
             return await self._speak(text, reference, emotion, seed)
         except Exception as error:
-            if FOR_GOOD in str(error):
+            short = OUT_OF_MEMORY.search(str(error))
+            if FOR_GOOD in str(error) and not short:
                 self._fault = f"the GPU failed a stage: {str(error).splitlines()[0]}"
             if reason := self.ailment():
                 raise EngineDead(reason) from error
-            if OUT_OF_MEMORY in str(error).lower():
+            if short:
                 raise RuntimeError(
                     f"the GPU's memory beside vLLM's share ran out: lower TTS_GPU_MEMORY_UTILIZATION. {error}"
                 ) from error
@@ -300,10 +308,9 @@ def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: A
         log.error("the checkout's IndexTTS2 did not load", exc_info=error)
         fault = f"IndexTTS2 of the checkout did not load from TTS_MODEL_DIR: {error}"
         at_fault = shares_at_fault(error, shares)
-    if TOO_SMALL_A_SHARE in fault:
-        fault += f". Raise {settings_of(at_fault)}"
-    elif any(sign in fault.lower() for sign in MEMORY_FAULTS):
-        fault += f". If the GPU's memory ran out (the log above tells), lower {settings_of(at_fault)} or free some"
+    for sign, advice in SHORT_MEMORY.items():
+        if sign.search(fault):
+            raise LoadError(f"{fault}. {advice.format(settings_of(at_fault))}")
     raise LoadError(fault)
 
 

@@ -38,6 +38,7 @@ FROM_HUB = {  # what vLLM-Omni fetches where the folder has none of these, by hu
     "nvidia/bigvgan_v2_22khz_80band_256x": ("bigvgan", "hf_cache/bigvgan"),
     "amphion/MaskGCT": ("semantic_codec.pth", "codec.pth"),
 }
+TAKEN = "TTS_MODEL lacks %s: it is taken from the hub, or from the hub's cache"
 CAMPPLUS_HUB, CAMPPLUS = "funasr/campplus", "campplus_cn_common.bin"
 CAMPPLUS_PLACES = (CAMPPLUS, "campplus.pth", f"hf_cache/{CAMPPLUS}", f"campplus/{CAMPPLUS}")
 COMMON_WEIGHTS = ("gpt.pth", "s2mel.pth", "wav2vec2bert_stats.pt", "feat1.pt", "feat2.pt")
@@ -83,15 +84,23 @@ def find(folder: Path, name: str) -> Path | None:
 
 def find_kind(folder: Path) -> Kind:
     """Tell IndexTTS-2 from 2.5 by config.json, else by the tokenizer: both come without one. Raises LoadError."""
-    config = folder / "config.json"
-    try:
-        named = json.loads(config.read_text("utf-8")).get("model_type") if config.exists() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoadError(f"TTS_MODEL: {config} cannot be read: {error}") from None
+    named = read_config(folder).get("model_type")
     kind = KINDS.get(named) or next((k for k in KINDS.values() if not named and find(folder, k.weights[0])), None)
     if kind is None:
         raise LoadError(f"TTS_MODEL: {folder} is neither IndexTTS-2 nor 2.5 (model_type in config.json: {named!r})")
     return kind
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what config.json says, nothing where it is missing; raise LoadError."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise LoadError(f"TTS_MODEL: {file} cannot be read: {error}") from None
+    return config
 
 
 def check_weights(folder: Path, kind: Kind) -> None:
@@ -99,7 +108,7 @@ def check_weights(folder: Path, kind: Kind) -> None:
     if missing := [name for name in kind.weights if not find(folder, name)]:
         raise LoadError(f"TTS_MODEL: {folder} lacks {', '.join(missing)} of {kind.name}")
     for hub_id in fetched(folder):
-        log.info("TTS_MODEL lacks %s: vLLM-Omni takes it from the hub, or the hub's cache", hub_id)
+        log.info(TAKEN, hub_id)
 
 
 def fetched(folder: Path) -> list[str]:
@@ -107,23 +116,25 @@ def fetched(folder: Path) -> list[str]:
     return [hub_id for hub_id, names in FROM_HUB.items() if not any(find(folder, name) for name in names)]
 
 
-def complete(folder: Path, scratch: Path) -> Path:
-    """Return a model's folder with config.json and CAMPPlus in it, one of links where it lacks them; raise LoadError.
+def complete(folder: Path, kind: Kind, scratch: Path) -> Path:
+    """Return a model's folder whose config.json names the model, and with CAMPPlus; raise LoadError.
 
-    IndexTTS's own repositories do. vLLM-Omni fills in an empty config.json; CAMPPlus it fetches for a hub id alone.
+    Where it lacks them, as IndexTTS's own repositories do, it is one of links: vLLM-Omni would find neither.
     """
-    has_config, has_campplus = (folder / "config.json").exists(), any(find(folder, each) for each in CAMPPLUS_PLACES)
-    if has_config and has_campplus:
+    config, has_campplus = read_config(folder), any(find(folder, place) for place in CAMPPLUS_PLACES)
+    if (named := bool(config.get("model_type"))) and has_campplus:
         return folder
     whole = scratch / folder.name
     whole.mkdir()
     for path in folder.iterdir():
-        (whole / path.name).symlink_to(path)
-    if not has_config:
-        (whole / "config.json").write_text("{}")
+        if named or path.name != "config.json":
+            (whole / path.name).symlink_to(path)
+    if not named:
+        (whole / "config.json").write_text(json.dumps(config | {"model_type": kind.model_type}))
     if not has_campplus:
         from huggingface_hub import hf_hub_download
 
+        log.info(TAKEN, CAMPPLUS_HUB)
         file = from_hub(f"TTS_MODEL: {folder} lacks {CAMPPLUS}", hf_hub_download, CAMPPLUS_HUB, CAMPPLUS)
         (whole / CAMPPLUS).symlink_to(file)
     return whole
@@ -140,7 +151,8 @@ def deploy_profile(kind: Kind, gpu_memory_utilization: float) -> dict[str, Any]:
     for stage, overrides, share in zip(
         profile["stages"], kind.overrides, (TALKER_SHARE, 1 - TALKER_SHARE), strict=True
     ):
-        stage |= {"gpu_memory_utilization": round(gpu_memory_utilization * share, 4), **overrides}
+        share = round(gpu_memory_utilization * share, 4)
+        stage |= {"gpu_memory_utilization": share, "tokenizer": None, **overrides}  # the hub's gpt2, which is not used
     return profile
 
 
@@ -152,14 +164,17 @@ def write_profile(scratch: Path, kind: Kind, gpu_memory_utilization: float) -> P
 
 
 SHORT_MEMORY = {  # what vLLM says of it, and what to do
-    re.compile("no available memory|kv cache", re.I): "raise TTS_GPU_MEMORY_UTILIZATION",
-    re.compile("out of memory|free memory", re.I): "lower TTS_GPU_MEMORY_UTILIZATION, or free some",
+    re.compile("no available memory|kv cache", re.I): "raise {setting}",
+    re.compile("out of memory|free memory", re.I): "lower {setting}, or free some",
 }
 IN_THE_LOG = "See root cause above"  # all that vLLM hands on of what went wrong in a stage's process
 
 
-def explain(error: BaseException, from_the_hub: list[str]) -> str:
-    """Return why the engine did not start, with what to do where memory or the hub is, or may be, at fault."""
+def explain(error: BaseException, from_the_hub: list[str], setting: str = "TTS_GPU_MEMORY_UTILIZATION") -> str:
+    """Return why the engine did not start, with what to do where memory or the hub is, or may be, at fault.
+
+    setting: what decides the GPU memory.
+    """
     told, cause = [], error
     while cause and str(cause) not in " / ".join(told):
         told.append(str(cause))
@@ -167,11 +182,11 @@ def explain(error: BaseException, from_the_hub: list[str]) -> str:
     reason = " / ".join(told)[:1000]
     for sign, advice in SHORT_MEMORY.items():
         if sign.search(reason):
-            return f"the GPU's memory does not do: {advice}. {reason}"
+            return f"the GPU's memory does not do: {advice.format(setting=setting)}. {reason}"
     if IN_THE_LOG in reason:
-        hub = f", if the hub, put {' and '.join(from_the_hub)} into the folder of TTS_MODEL" if from_the_hub else ""
+        hub = f", where the hub failed, download {' and '.join(from_the_hub)} into its cache" if from_the_hub else ""
         return (
-            "a stage of vLLM-Omni did not start; the log above says why. If it was for want of GPU memory, change "
-            f"TTS_GPU_MEMORY_UTILIZATION{hub}. {reason}"
+            "a stage of vLLM-Omni did not start; the log above says why. Where GPU memory was short, change "
+            f"{setting}{hub}. {reason}"
         )
     return f"vLLM-Omni did not start with TTS_MODEL: {reason}"

@@ -41,6 +41,7 @@ MIN_CODES = 8  # an utterance without audio codes ends the decoder
 RUNAWAY_S, RUNAWAY_S_PER_TOKEN = 4.0, 1.0  # speech that lasts longer is not of this text
 MAX_EMOTION = 1.2  # more of one emotion ends the talker
 START_CODE = 8192  # says "audio begins"; the decoder has no sound for it, and ends
+DEPLOYED_SHARE = "gpu_memory_utilization in TTS_OMNI_DEPLOY_CONFIG"
 CACHED_TEXTS = 1024  # texts remembered as written out and counted: first split by that, then spoken
 
 log = logging.getLogger("speech.omni")
@@ -54,7 +55,8 @@ class OmniVoice:
     seeded = True  # but for Emotion.random, for which the model has no seed
     slots = 8
 
-    def __init__(self, folder: Path, kind: Kind, engine: Any, scratch: tempfile.TemporaryDirectory):
+    def __init__(self, folder: Path, kind: Kind, engine: Any, scratch: tempfile.TemporaryDirectory, deployed: bool):
+        self._deployed = deployed  # by TTS_OMNI_DEPLOY_CONFIG
         self._folder, self._kind, self._engine, self._scratch = folder, kind, engine, scratch
         self.speed_range = kind.speed_range
         self.emotes_by_text = bool(find(folder, f"{EMOTION_MODEL}/config.json"))
@@ -73,14 +75,15 @@ class OmniVoice:
             raise LoadError(NO_GPU)
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
-        folder = complete(folder, Path(scratch.name))
+        folder = complete(folder, kind, Path(scratch.name))
         profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
         os.environ[OMNI_VARIABLE] = "1"
         try:
             engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
         except Exception as error:
-            raise LoadError(explain(error, fetched(folder))) from error
-        return cls(folder, kind, engine, scratch)
+            setting = DEPLOYED_SHARE if deploy_config else "TTS_GPU_MEMORY_UTILIZATION"
+            raise LoadError(explain(error, fetched(folder), setting)) from error
+        return cls(folder, kind, engine, scratch, deployed=bool(deploy_config))
 
     def count_tokens(self, text: str) -> int:
         """Return the text tokens of an utterance as the model reads it, numbers written out."""
@@ -111,13 +114,15 @@ class OmniVoice:
         return None
 
     def report(self) -> dict[str, Any]:
-        """Which of the two models this is."""
-        return {"model_kind": self._kind.name}
+        """Which of the two models this is; the share is not the setting's where a deploy file has its own."""
+        return {"model_kind": self._kind.name, **({"gpu_memory_utilization": None} if self._deployed else {})}
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._engine.shutdown()
-        self._scratch.cleanup()
+        try:
+            self._engine.shutdown()
+        finally:
+            self._scratch.cleanup()
 
     def _count_prompt_tokens(self, written: str) -> int:
         """Ask the engine's own tokenizer how long the prompt must be: one too many or too few ends the talker."""

@@ -135,6 +135,7 @@ class EngineLoop:
             self._processes = {pid: name for pid in started if (name := vital_name(pid))}
             if self.voice is None:
                 end_processes(self._processes, CLOSE_TIMEOUT_S)
+                self._processes = {}
         log.info("engine processes: %s", self._processes or "none")
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
         return self.voice

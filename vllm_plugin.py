@@ -86,12 +86,17 @@ def mend_omni() -> None:
 
 
 def with_emotions(load: Callable[[Any, Any], None], load_emotions: Callable[..., Any]) -> Callable[[Any, Any], None]:
-    """Return a loader of the talker's other models that loads this one too: at its first use, memory may be short."""
+    """Return a loader of the talker's other models that loads what emotions need too.
+
+    At their first use memory may be short, or the files gone, and the talker would end.
+    """
 
     @functools.wraps(load)
     def loaded(self: Any, device: Any) -> None:
         load(self, device)
-        if any(Path(self.model_path, below, EMOTION_MODEL).is_dir() for below in (".", "checkpoints")):
+        for matrix in ("emo_matrix", "spk_matrix"):
+            self._ensure_matrix_loaded(f"_{matrix}", matrix, matrix)
+        if any(Path(self.model_path, below, EMOTION_MODEL, "config.json").is_file() for below in (".", "checkpoints")):
             load_emotions(self.model_path, device)
 
     return loaded

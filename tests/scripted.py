@@ -79,11 +79,16 @@ class ScriptedVoice:
 
 
 def create_app():
-    """Return the real app around a scripted voice; SCRIPT_DELAY_S is how long an utterance takes it."""
+    """Return the real app around a scripted voice; SCRIPT_DELAY_S is how long an utterance takes it.
+
+    It does not load where there is the file SCRIPT_NO_MEMORY.
+    """
     voice = ScriptedVoice()
     voice.delay_s = float(os.environ.get("SCRIPT_DELAY_S", 0))
 
     async def create(_settings):
+        if os.path.exists(os.environ.get("SCRIPT_NO_MEMORY", "")):
+            raise RuntimeError("no memory left")
         return await voice.create()
 
     settings = Settings.from_env()

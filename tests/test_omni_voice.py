@@ -136,12 +136,17 @@ def test_another_error_at_the_start_is_told_as_it_is():
     assert explain(KeyError("gpt"), []) == "vLLM-Omni did not start with TTS_MODEL: 'gpt'"
 
 
+def test_a_deploy_file_has_the_say_over_memory():
+    told = explain(RuntimeError("CUDA out of memory"), [], omni_voice.DEPLOYED_SHARE)
+    assert "lower gpu_memory_utilization in TTS_OMNI_DEPLOY_CONFIG" in told
+
+
 def test_what_vllm_omni_fetches_is_named_where_a_stage_does_not_start(model, caplog):
     caplog.set_level("INFO", "speech.omni")
     (model / "bigvgan").mkdir()
     check_weights(model, find_kind(model))
     assert "facebook/w2v-bert-2.0" in caplog.text and "nvidia/bigvgan" not in caplog.text
-    assert "put facebook/w2v-bert-2.0" in explain(RuntimeError("See root cause above"), fetched(model))
+    assert "download facebook/w2v-bert-2.0" in explain(RuntimeError("See root cause above"), fetched(model))
 
 
 @pytest.fixture
@@ -160,28 +165,35 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_campplus_is_laid_beside_weights_that_come_without_it(model, hub, tmp_path_factory):
-    whole = complete(model, tmp_path_factory.mktemp("scratch"))
+    whole = complete(model, find_kind(model), tmp_path_factory.mktemp("scratch"))
     assert whole != model and (whole / CAMPPLUS).read_text() == "weights"
     assert {path.name for path in whole.iterdir()} == {CAMPPLUS, *(path.name for path in model.iterdir())}
     assert (whole / "config.json").samefile(model / "config.json")
 
 
-def test_a_config_is_laid_beside_weights_that_come_without_it(model, tmp_path_factory):
+@pytest.mark.parametrize("config", [None, "{}", '{"gpt": 1}', "a link to nowhere"])
+def test_a_config_that_names_no_model_is_completed_beside_the_weights(model, tmp_path_factory, config):
+    kind, file = find_kind(model), model / "config.json"
     (model / CAMPPLUS).touch()
-    (model / "config.json").unlink()
-    whole = complete(model, tmp_path_factory.mktemp("scratch"))
-    assert json.loads((whole / "config.json").read_text()) == {} and find_kind(whole) == find_kind(model)
-    assert not (model / "config.json").exists(), "the model's folder is not ours to write to"
+    file.unlink()
+    if config and config.startswith("{"):
+        file.write_text(config)
+    elif config:
+        file.symlink_to(model / "nowhere")
+    whole = complete(model, kind, tmp_path_factory.mktemp("scratch"))
+    assert json.loads((whole / "config.json").read_text())["model_type"] == kind.model_type
+    assert find_kind(whole) == kind and not (model / "nowhere").exists()
+    assert not file.exists() or file.read_text() == config, "the model's folder is not ours to write to"
 
 
 @pytest.mark.parametrize("place", CAMPPLUS_PLACES)
 def test_a_folder_that_has_campplus_stays_as_it_is(model, place, tmp_path):
     (model / place).parent.mkdir(exist_ok=True)
     (model / place).touch()
-    assert complete(model, tmp_path) == model
+    assert complete(model, find_kind(model), tmp_path) == model
 
 
 def test_campplus_that_the_hub_does_not_give_is_named(model, hub, tmp_path_factory):
     hub.unlink()
     with pytest.raises(LoadError, match=f"TTS_MODEL: {model} lacks {CAMPPLUS}, and the hub did not give it"):
-        complete(model, tmp_path_factory.mktemp("scratch"))
+        complete(model, find_kind(model), tmp_path_factory.mktemp("scratch"))

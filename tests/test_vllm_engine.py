@@ -429,4 +429,6 @@ class TestLoading:
 
     def test_one_that_dies_at_its_first_words_is_told(self, load, voice):
         voice.delay_s, voice.sick = 60, "stage 0 is dead"
-        assert "did not load: at its first words: The engine died: stage 0 is dead" in load()[0].ailment()
+        fault = load()[0].ailment()
+        assert fault == "engine omni did not load: at its first words: stage 0 is dead. The log above says why"
+        assert not is_alive(voice.process.pid)

@@ -143,8 +143,11 @@ def test_the_scores_have_their_bias():
 def test_the_emotion_model_loads_with_the_talker_where_it_is_there(tmp_path, below):
     if below:
         (tmp_path / below / vllm_plugin.EMOTION_MODEL).mkdir(parents=True)
-    loaded, talker = [], SimpleNamespace(model_path=str(tmp_path))
+        (tmp_path / below / vllm_plugin.EMOTION_MODEL / "config.json").touch()
+    loaded, matrices = [], []
+    talker = SimpleNamespace(model_path=str(tmp_path), _ensure_matrix_loaded=lambda *what: matrices.append(what[:2]))
     vllm_plugin.with_emotions(lambda *_: loaded.append("others"), lambda *what: loaded.append(what))(talker, "cuda:0")
+    assert matrices == [("_emo_matrix", "emo_matrix"), ("_spk_matrix", "spk_matrix")]
     assert loaded == ["others", *([(str(tmp_path), "cuda:0")] if below else [])]
 
 

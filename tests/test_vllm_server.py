@@ -14,11 +14,17 @@ from vllm_engine import children, descendants, is_alive
 SPEECH = "/v1/audio/speech"
 
 
+def start(folder):
+    """Start a real server with a scripted engine and its real process; beside a file `no-memory` it does not load."""
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    script = {"PYTHONPATH": paths, "SCRIPT_DELAY_S": "1", "SCRIPT_NO_MEMORY": str(folder / "no-memory")}
+    return Server(folder / "log", "scripted:create_app()", **script)
+
+
 @pytest.fixture
 def server(tmp_path):
-    """A real server whose engine is scripted and has a real process."""
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    with Server(tmp_path / "log", "scripted:create_app()", PYTHONPATH=paths, SCRIPT_DELAY_S="1") as running:
+    """Such a server, ready."""
+    with start(tmp_path) as running:
         running.wait_until_ready()
         yield running
 
@@ -67,6 +73,20 @@ def test_a_killed_engine_is_told_at_once_and_replaced(server):
     wait_for(lambda: health(server) == 200, 20)
     assert server.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 200
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_replacement_that_does_not_load_is_to_be_replaced(server, tmp_path):
+    (tmp_path / "no-memory").touch()
+    os.kill(engine_of(server), signal.SIGKILL)
+    wait_for(lambda: "the next try is in 60 s" in server.log.read_text(), 20)
+    assert "no memory left" in json.loads(server.get("/health")[2])["message"]
+
+
+def test_a_first_worker_that_does_not_load_stays(tmp_path):
+    (tmp_path / "no-memory").touch()
+    with start(tmp_path) as server:
+        wait_for(lambda: health(server) == 503 and b"no memory left" in server.get("/health")[2], 20)
+        assert "the next try" not in server.log.read_text()
 
 
 def test_a_killed_worker_leaves_no_engine_process_and_is_replaced(server):

@@ -15,7 +15,7 @@ from omni_model import CAMPPLUS, CAMPPLUS_HUB, KINDS, deploy_profile
 
 CPU_STAGE = {
     "dtype": "float32", "enforce_eager": True, "async_scheduling": False, "kv_cache_memory_bytes": 256 << 20,
-    "tokenizer": None, "attention_backend": None,
+    "attention_backend": None,
 }  # fmt: skip
 CPU_DECODER = {"diffusion_steps": 4, "s2mel_dit_bf16": False, "s2mel_vocoder_bf16": False}
 REVISION = "0" * 40  # of whatever lies in the hub's cache

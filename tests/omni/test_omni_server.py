@@ -15,7 +15,7 @@ import soundfile
 from models import cpu_profile, lay_in_hub_cache, wait_for
 from serving import REPOSITORY, Server, decode, pcm
 
-from vllm_engine import children, descendants, is_alive
+from vllm_engine import children, descendants, is_alive, vital_name
 
 SPEECH = "/v1/audio/speech"
 READY_S = 600  # a busy machine takes minutes to start five processes that import torch
@@ -207,7 +207,7 @@ def worker_of(server: Server) -> int:
 
 def named(pids: list[int], name: str) -> list[int]:
     """Return the processes of that name."""
-    return [pid for pid in pids if name in Path(f"/proc/{pid}/comm").read_text()]
+    return [pid for pid in pids if name in (vital_name(pid) or "")]
 
 
 def test_a_killed_stage_is_told_at_once_and_replaced(server):

@@ -215,12 +215,18 @@ def test_closing_leaves_no_process(voice):
     wait_for(lambda: not any(is_alive(pid) for pid in voice.owner._processes), 5)
 
 
-def test_the_emotion_model_is_mended(checkpoints):
+def test_the_emotion_model_is_mended(checkpoints, monkeypatch):
     import torch
     from vllm_omni.model_executor.models.indextts2 import indextts2_talker as talker
+    from vllm_omni.model_executor.models.indextts2 import preprocess_utils
 
+    kind = talker.IndexTTS2TalkerForConditionalGeneration
+    monkeypatch.setattr(kind, "_warmup_external_models", lambda self, device: None)
     vllm_plugin.mend_omni()
+    loading = SimpleNamespace(model_path=str(checkpoints / "indextts2"), _ensure_matrix_loaded=lambda *_: None)
+    kind._warmup_external_models(loading, torch.device("cpu"))
+    assert (loading.model_path, "cpu") in preprocess_utils._qwen_emotion_cache
     model, tokenizer = talker.load_qwen_emotion(str(checkpoints / "indextts2"), torch.device("cpu"))
     assert tokenizer and not model.generation_config.do_sample
-    predict = talker.IndexTTS2TalkerForConditionalGeneration._predict_emotion_from_text
+    predict = kind._predict_emotion_from_text
     assert predict(SimpleNamespace(), "怒", torch.device("cpu")) == vllm_plugin.CALM, "no model_path: calm, not a death"
