@@ -39,8 +39,8 @@ CONVOLUTIONS = (
 PRODUCT = ("Mul", ("Cast", ("MatMulInteger", _QUANTISED, "WEIGHT", "zero", "WEIGHT_ZERO")), SCALE)
 SINE_SQUARED = ("Pow", ("Sin", "x"), "TWO")
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Sqrt", "LeakyRelu", "QuantizeLinear", "DequantizeLinear")
-# Kernels are compiled for each length anew. Those of some twenty lengths stay, 10 MB each: one met again takes 0.85 of
-# the time, and most utterances have one of twenty (embedded_voice.py's STEP_FRAMES).
+# Kernels are compiled for each length anew. Those of some twenty lengths stay, 130 MB: one met again takes 0.85 of the
+# time, and most utterances have one of twenty (embedded_voice.py's STEP_FRAMES).
 KEPT_KERNELS = 1000
 DOUBLINGS = 4  # of the angle, from where two terms of the cosine do
 

@@ -13,7 +13,6 @@ import logging
 import os
 import queue
 import random
-import re
 import sys
 import threading
 import traceback
@@ -27,7 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
+from vllm_engine import (
+    NO_GPU,
+    OUT_OF_MEMORY,
+    Emotion,
+    EngineDead,
+    LoadError,
+    Reference,
+    Spoken,
+    memory_advice,
+    sees_gpu,
+)
 from vllm_plugin import CHECKOUT_VARIABLE, EMOTION_MODEL
 
 KEPT_REFERENCES = 32  # conditionings; each takes up to 8 MB of GPU memory (30 s of audio)
@@ -45,22 +54,9 @@ WEIGHTS = (
     "semantic_codec/model.safetensors", "campplus/campplus_cn_common.bin", "bigvgan/config.json",
     "bigvgan/bigvgan_generator.pt",
 )  # fmt: skip
-OUT_OF_MEMORY = re.compile("out of memory|free memory|ALLOC_FAILED", re.I)
-SHORT_MEMORY = {  # what is said where an engine does not start, and what to do
-    re.compile("No available memory for the cache blocks"): "Raise {}",
-    OUT_OF_MEMORY: "Lower {} or free some",
-    # all that vLLM hands on of what went wrong in its process
-    re.compile("Engine core initialization failed"): (
-        "Where the log above says 'No available memory', raise {0}; where 'out of memory' or 'Free memory', lower {0}"
-    ),
-}
 FOR_GOOD = "CUDA error"  # so begins what torch says of a fault after which no call to the GPU succeeds
 
 log = logging.getLogger("speech.indextts")
-
-
-class LoadError(RuntimeError):
-    """The engine did not load; the message is for the operator and names the setting to look at."""
 
 
 class IndexTTSVoice:
@@ -307,11 +303,8 @@ def construct(make: Callable[..., Any], shares: dict[str, float], **arguments: A
         traceback.clear_frames(error.__traceback__)  # they hold engines, whose processes end with them
         log.error("the checkout's IndexTTS2 did not load", exc_info=error)
         fault = f"IndexTTS2 of the checkout did not load from TTS_MODEL_DIR: {error}"
-        at_fault = shares_at_fault(error, shares)
-    for sign, advice in SHORT_MEMORY.items():
-        if sign.search(fault):
-            raise LoadError(f"{fault}. {advice.format(settings_of(at_fault))}")
-    raise LoadError(fault)
+        advice = memory_advice(fault, settings_of(shares_at_fault(error, shares)))
+    raise LoadError(f"{fault}. {advice}" if advice else fault)
 
 
 def shares_at_fault(error: Exception, shares: dict[str, float]) -> dict[str, float]:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_engine import IN_THE_LOG, LoadError, memory_advice
+
 TALKER_SHARE = 0.65  # of the GPU memory: it holds w2v-bert and the KV cache, the decoder only itself
 
 log = logging.getLogger("speech.omni")
-
-
-class LoadError(RuntimeError):
-    """The engine did not start; the message says which setting to change."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +160,6 @@ def write_profile(scratch: Path, kind: Kind, gpu_memory_utilization: float) -> P
     return file
 
 
-SHORT_MEMORY = {  # what vLLM says of it, and what to do
-    re.compile("no available memory|kv cache", re.I): "raise {setting}",
-    re.compile("out of memory|free memory", re.I): "lower {setting}, or free some",
-}
-IN_THE_LOG = "See root cause above"  # all that vLLM hands on of what went wrong in a stage's process
-
-
 def explain(error: BaseException, from_the_hub: list[str], setting: str = "TTS_GPU_MEMORY_UTILIZATION") -> str:
     """Return why the engine did not start, with what to do where memory or the hub is, or may be, at fault.
 
@@ -180,13 +170,7 @@ def explain(error: BaseException, from_the_hub: list[str], setting: str = "TTS_G
         told.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     reason = " / ".join(told)[:1000]
-    for sign, advice in SHORT_MEMORY.items():
-        if sign.search(reason):
-            return f"the GPU's memory does not do: {advice.format(setting=setting)}. {reason}"
-    if IN_THE_LOG in reason:
-        hub = f", where the hub failed, download {' and '.join(from_the_hub)} into its cache" if from_the_hub else ""
-        return (
-            "a stage of vLLM-Omni did not start; the log above says why. Where GPU memory was short, change "
-            f"{setting}{hub}. {reason}"
-        )
-    return f"vLLM-Omni did not start with TTS_MODEL: {reason}"
+    said = [f"vLLM-Omni did not start with TTS_MODEL: {reason}", memory_advice(reason, setting)]
+    if from_the_hub and IN_THE_LOG in reason:
+        said.append(f"Where the hub failed, download {' and '.join(from_the_hub)} into its cache")
+    return ". ".join(filter(None, said))

@@ -21,7 +21,6 @@ import soxr
 
 from omni_model import (
     Kind,
-    LoadError,
     check_weights,
     complete,
     explain,
@@ -31,7 +30,7 @@ from omni_model import (
     find_model,
     write_profile,
 )
-from vllm_engine import NO_GPU, Emotion, EngineDead, Reference, Spoken, sees_gpu
+from vllm_engine import NO_GPU, Emotion, EngineDead, LoadError, Reference, Spoken, sees_gpu
 from vllm_plugin import EMOTION_MODEL, OMNI_VARIABLE
 
 SAMPLE_RATE = 22_050  # Hz, of both models

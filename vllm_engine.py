@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -28,6 +29,15 @@ HERE = Path(__file__).resolve().parent
 PLUGIN = "speech_server"  # the name of vllm_plugin.py's entry point in speech_server.dist-info
 WATCH_S = 0.5  # between two looks at the engine's processes
 NO_GPU = "torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or set TTS_ENGINE=embedded"
+OUT_OF_MEMORY = re.compile("out of memory|free memory|ALLOC_FAILED", re.I)
+IN_THE_LOG = "See root cause above"  # all that vLLM hands on of what went wrong in a process of its own
+SHORT_MEMORY = {  # what is said where an engine does not start, and what to do
+    re.compile("no available memory|kv cache", re.I): "Raise {0}",
+    OUT_OF_MEMORY: "Lower {0}, or free some",
+    re.compile(IN_THE_LOG): (
+        "Where the log above says 'No available memory', raise {0}; where 'out of memory' or 'Free memory', lower {0}"
+    ),
+}
 CLOSE_TIMEOUT_S = 10  # for the engine to let go of its processes before they are killed
 PASSING = (b"resource_tracker", b"audio_decoder.py")  # processes that are not the engine's: Python's bookkeeper, ours
 
@@ -89,6 +99,10 @@ class VoiceModel(Protocol):
 
     def close(self) -> None:
         """Let go of the engine's processes."""
+
+
+class LoadError(RuntimeError):
+    """The engine did not load; the message is for the operator and names the setting to look at."""
 
 
 class EngineDead(RuntimeError):
@@ -222,6 +236,11 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if plugins := os.environ.get("VLLM_PLUGINS"):  # a list of the only ones to load
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), PLUGIN]))
+
+
+def memory_advice(fault: str, setting: str) -> str | None:
+    """Return what to do with a share of the GPU's memory where a fault is, or may be, for want of it."""
+    return next((advice.format(setting) for sign, advice in SHORT_MEMORY.items() if sign.search(fault)), None)
 
 
 def sees_gpu() -> bool:

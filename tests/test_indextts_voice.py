@@ -492,7 +492,7 @@ SHARES = {"TTS_GPU_MEMORY_UTILIZATION": 0.25, "TTS_QWENEMO_GPU_MEMORY_UTILIZATIO
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate", "Free memory on device (1.2/24.0 GiB)"])
 def test_memory_that_ran_out_names_the_settings_to_lower(message):
     both = "TTS_GPU_MEMORY_UTILIZATION=0.25 or TTS_QWENEMO_GPU_MEMORY_UTILIZATION=0.1"
-    with pytest.raises(LoadError, match=f"Lower {both} or free some$"):
+    with pytest.raises(LoadError, match=f"Lower {both}, or free some$"):
         construct(fail, SHARES, message=message, keep=[])
 
 

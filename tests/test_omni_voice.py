@@ -118,11 +118,11 @@ def test_the_language_of_an_utterance_is_found(text, language):
 @pytest.mark.parametrize(
     "error, advice",
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), "lower"),
-        (ValueError("Free memory on device (1.2/24.0 GiB) on startup is less than desired"), "lower"),
-        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."), "raise"),
-        (ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"), "raise"),
-        (RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"), "change"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), "Lower"),
+        (ValueError("Free memory on device (1.2/24.0 GiB) on startup is less than desired"), "Lower"),
+        (ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."), "Raise"),
+        (ValueError("To serve at least one request with the model's max seq len, 1.5 GiB KV cache is needed"), "Raise"),
+        (RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"), "raise"),
     ],
 )
 def test_short_memory_names_the_setting(error, advice):
@@ -138,7 +138,7 @@ def test_another_error_at_the_start_is_told_as_it_is():
 
 def test_a_deploy_file_has_the_say_over_memory():
     told = explain(RuntimeError("CUDA out of memory"), [], omni_voice.DEPLOYED_SHARE)
-    assert "lower gpu_memory_utilization in TTS_OMNI_DEPLOY_CONFIG" in told
+    assert "Lower gpu_memory_utilization in TTS_OMNI_DEPLOY_CONFIG" in told
 
 
 def test_what_vllm_omni_fetches_is_named_where_a_stage_does_not_start(model, caplog):
