@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from test_embedded_graph import quantised_convolution
+from onnx import TensorProto, helper
+from test_embedded_graph import model_of, quantised_convolution
 
 import embedded_openvino
 import embedded_voice
@@ -28,19 +28,6 @@ TEXTS = {
     "zh": "渡口只有一条旧船，船主想找一个帮手。",
     "mixed": "这个bug其实不难，小林很快就找到了原因。",
 }
-
-
-def model_of(node_list, constants, channels):
-    """A serialised model from x [1, channels, t] to y."""
-    graph = helper.make_graph(
-        node_list,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, channels, "t"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
 
 
 def nodes_of(model):
@@ -66,17 +53,38 @@ def run_in_openvino(model, x):
     return compiled([x])[0]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (7, 3), (11, 5)])
-def test_an_integer_convolution_is_one_of_the_numbers_that_its_weights_stand_for(kernel, dilation):
+def test_an_integer_convolution_is_one_of_the_numbers_that_its_weights_stand_for(kernel, dilation, biased):
     pads = [dilation * (kernel - 1) // 2] * 2
-    model = quantised_convolution(kernel, dilation=dilation, pads=pads)
+    model = quantised_convolution(kernel, dilation=dilation, pads=pads, biased=biased)
     signal = np.random.default_rng(1).normal(size=(1, 16, 97)).astype(np.float32)
     rewritten = ForOpenVINO(model, None).result()
     assert operators(rewritten) == {"Conv"}
     step = np.ptp(signal) / 255  # half of one is what the integer form may be off for each product
     weights = (np.random.default_rng(kernel).integers(0, 255, (32, 16, kernel)) - 128.0) * 0.01
-    bound = step / 2 * np.abs(weights).sum(axis=(1, 2)).max()
+    bound = step / 2 * np.abs(weights).sum(axis=(1, 2)).max() + step * 0.01  # and less than one product of a bias
     assert np.abs(run(model, signal) - run(rewritten, signal)).max() < bound
+
+
+def test_an_integer_product_is_one_of_the_numbers_that_its_weights_stand_for():
+    rng = np.random.default_rng(6)
+    steps = rng.integers(0, 255, (97, 32)).astype(np.uint8)
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["i"]),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["s", "ws"], ["sw"]),
+        helper.make_node("Mul", ["f", "sw"], ["y"]),
+    ]
+    constants = {"w": steps, "wz": np.array(128, np.uint8), "ws": np.array(0.01, np.float32)}
+    model = model_of(nodes, constants, 16)
+    signal = rng.normal(size=(1, 16, 97)).astype(np.float32)
+    rewritten = ForOpenVINO(model, None).result()
+    assert operators(rewritten) == {"MatMul"}
+    bound = np.ptp(signal) / 255 / 2 * np.abs((steps - 128.0) * 0.01).sum(axis=0).max()
+    assert np.abs(run(model, signal) - run(rewritten, signal)).max() < bound
+    assert np.allclose(run_in_openvino(rewritten, signal), run(rewritten, signal), atol=1e-4)
 
 
 @pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
