@@ -364,7 +364,8 @@ class Speech:
         self.trouble: str | None = "loading"
         self.started = time.monotonic()
         self.slots = settings.slots or engine.slots
-        self._jobs = Jobs(Slots(self.slots), settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
+        slots = Slots(self.slots)
+        self._jobs = Jobs(slots, settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
         self._requests = self._characters = 0
         self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
         self._lock = threading.Lock()
@@ -373,6 +374,7 @@ class Speech:
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
         self.metrics = Metrics()
         self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
+        self.metrics.watch("speech_utterances_waiting", "Utterances that wait for a slot", slots.waiting)
         self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
         self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
         self.metrics.watch("speech_healthy", "1 when an utterance would be spoken", lambda: self.ailment() is None)
@@ -944,7 +946,8 @@ def answer(
     if not in_one_piece:
         order.first_syllables = speech().first_syllables(order)
     encode = encode_whole if whole else encode_stream
-    parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, request.environ)
+    kind = "whole" if in_one_piece else "streamed"
+    parts = noted(encode(speech().speak(order), fmt, order.sample_rate), order, kind, request.environ)
     first = next(parts)
     rest = itertools.chain([first], parts)
     if stream_format == "sse":
@@ -967,13 +970,13 @@ def answer(
     return response
 
 
-def noted(parts: Iterator[bytes], order: Order, environ: dict[str, Any]) -> Iterator[bytes]:
+def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, Any]) -> Iterator[bytes]:
     """Pass the bytes on; leave the order's figures for the access log, and a fault in the error log."""
     request_id, metrics, began, speech_settings = g.request_id, speech().metrics, g.began, speech().settings
     told = False  # once the first bytes are sent, only the log can tell of a fault
     try:
         first = next(parts)
-        metrics.first_audio_s.observe(time.perf_counter() - began)
+        metrics.first_audio_s.labels(kind).observe(time.perf_counter() - began)
         yield first
         told = True
         yield from parts

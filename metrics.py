@@ -20,14 +20,14 @@ class Metrics:
             "speech_requests", "Requests answered", ["route", "status", "voice", "format"], registry=registry
         )
         self.first_audio_s = Histogram(
-            "speech_first_audio_seconds", "From a request's arrival to its first bytes of audio",
-            buckets=SECONDS, registry=registry,
+            "speech_first_audio_seconds", "From a request's arrival to its first bytes of audio, by kind of answer",
+            ["answer"], buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.slot_wait_s = Histogram(
             "speech_slot_wait_seconds", "How long an utterance waited for a slot", buckets=SECONDS, registry=registry
         )
         self.rtf = Histogram(
-            "speech_rtf", "Compute seconds over audio seconds, of an utterance", buckets=RTF, registry=registry
+            "speech_rtf", "Seconds in a slot over seconds of audio, of an utterance", buckets=RTF, registry=registry
         )
         self.audio_s = Counter("speech_audio_seconds", "Seconds of audio sent", registry=registry)
         self.compute_s = Counter("speech_compute_seconds", "Seconds that slots spent making audio", registry=registry)

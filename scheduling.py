@@ -89,6 +89,11 @@ class Slots:
             self._changed.notify_all()
         return work.future
 
+    def waiting(self) -> int:
+        """Return how many utterances wait for a slot."""
+        with self._changed:
+            return sum(len(line.waiting) for line in self._lines)
+
     def _choose(self, extra: bool) -> Line | None:
         """Return the line whose turn it is at a slot; at the one more only new requests have one."""
         if extra and self._idle:
