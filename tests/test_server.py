@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 
 import numpy as np
 import openai
@@ -22,11 +21,19 @@ from serving import Server, decode, pcm
 
 from audio import FORMATS
 from settings import HERE
+from utterances import split_utterances
 
 SPEECH = "/v1/audio/speech"
 PARAGRAPH = (
     "The harbour was quiet that morning, and the boats lay still. A man came down the hill with a lantern in his hand. "
     "Nobody knew his name, but everybody had seen him before."
+)
+
+JOINED = (
+    PARAGRAPH,
+    "渡口只有一条旧船，船主想找一个帮手。他等了很久，一直没有人来。\n第二天早上，一个年轻人走了过来！",
+    "Nobody who had ever lived in the little town at the end of the long valley could remember a winter in which "
+    "the river froze so early that the children walked to school across it before the first of December came",
 )
 
 
@@ -145,12 +152,22 @@ def test_streamed_and_whole_answers_are_the_same_sound(server):
         assert len(decode(server.post(SPEECH, {**asked, **fields})[2])[0]) == len(whole)
 
 
-def test_joints_do_not_click(server):
-    samples, _ = server.speak(PARAGRAPH, voice="coral")
-    edges = np.flatnonzero(np.diff((samples == 0).astype(int), prepend=0, append=0))
-    pauses = [(begin, end) for begin, end in pairwise(edges) if end - begin > 2400 and not samples[begin:end].any()]
-    assert pauses
-    assert all(np.abs(samples[max(0, begin - 48) : end + 48]).max() < 0.02 for begin, end in pauses)
+@pytest.mark.parametrize("text", JOINED, ids=lambda text: text[:14])
+@pytest.mark.parametrize("voice", ["alloy", "coral", "onyx"])
+def test_joints_do_not_click_and_pause_as_long_as_a_speaker_does(server, voice, text):
+    samples, rate = server.speak(text, voice=voice)
+    joined = split_utterances(text)
+    silent = np.flatnonzero(np.diff((samples == 0).astype(int), prepend=0, append=0)).reshape(-1, 2)
+    joints = [(begin, end) for begin, end in silent[1:-1] if end - begin >= 0.02 * rate]  # else but a zero in speech
+    assert len(joints) == len(joined) - 1 > 0
+    quiet = np.abs(samples) <= 10 ** (-50 / 20)
+    for (begin, end), utterance in zip(joints, joined, strict=False):
+        assert quiet[begin - 1] and quiet[end], "a step of more than -50 dBFS"
+        before, after = np.flatnonzero(~quiet[:begin])[-1], end + np.flatnonzero(~quiet[end:])[0]
+        pause_s = (after - before) / rate
+        assert utterance.pause_s <= pause_s <= utterance.pause_s + 0.15, utterance.text
+    breaks = np.diff(np.flatnonzero(~quiet)) / rate
+    assert breaks.max() < 0.8, "nobody pauses that long"
 
 
 @pytest.mark.parametrize(
