@@ -7,7 +7,8 @@ English styles of voices.json under the ids of voices.json: `alloy` is the same 
     python benchmarks/peers.py [--rounds 5] [--long-rounds 2] [--crowd-rounds 3]
 
 How each is asked: this server for pcm, which it sends as it is made; fastkokoro for pcm with its field
-"stream": true, its fastest way to sound; kokoro-cli, which has no pcm and answers whole, for wav.
+"stream": true, by sentences, as it does unless told otherwise, and by its strategy that sounds soonest, "adaptive",
+which on a CPU speaks four words at a time; kokoro-cli, which has no pcm and answers whole, for wav.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def kokoro_cli() -> tuple[Server, Target]:
     return server, Target("kokoro-cli 0.4.0", server.url, response_format="wav")
 
 
-def fastkokoro() -> tuple[Server, Target]:
+def fastkokoro(strategy: str = "sentence") -> tuple[Server, Target]:
     """Return fastkokoro's server, not started yet, and how to ask it."""
     port, python = free_port(), install("fastkokoro")
     env = {
@@ -103,9 +104,10 @@ def fastkokoro() -> tuple[Server, Target]:
         "FASTKOKORO_HOST": "127.0.0.1",
         "FASTKOKORO_PORT": str(port),
         "FASTKOKORO_WARMUP": "0",
+        "FASTKOKORO_STREAM_STRATEGY": strategy,
     }
-    server = Server([str(python.with_name("fastkokoro"))], port, env, RESULTS / "fastkokoro.log")
-    return server, Target("fastkokoro 0.7.0", server.url, extra={"stream": True})
+    server = Server([str(python.with_name("fastkokoro"))], port, env, RESULTS / f"fastkokoro-{strategy}.log")
+    return server, Target(f"fastkokoro 0.7.0 by {strategy}", server.url, extra={"stream": True})
 
 
 COLUMNS: dict[str, Callable[[Run], float]] = {
@@ -171,7 +173,7 @@ def main() -> None:
     leave_on_term()
     write_models()
     ours = own_server()
-    entrants = [(ours, Target(OURS, ours.url)), kokoro_cli(), fastkokoro()]
+    entrants = [(ours, Target(OURS, ours.url)), kokoro_cli(), fastkokoro(), fastkokoro("adaptive")]
     with ExitStack() as running:
         targets = [replace(target, pid=running.enter_context(server).pid) for server, target in entrants]
         for target in targets:
