@@ -109,7 +109,7 @@ licences: install ## list every installed package with its licence; fail on the 
 lock: ## pin the newest versions that requirements*.in allow (needs uv)
 	$(LOCK) requirements-build.in -o requirements-build.txt
 	$(LOCK) requirements.in -o requirements.txt
-	$(LOCK) requirements-gpu.in -o requirements-gpu.txt
+	$(LOCK) -c requirements.txt requirements-gpu.in -o requirements-gpu.txt
 	$(LOCK) requirements-test.in -o requirements-test.txt
 	$(LOCK) --no-deps requirements-voices-test.in -o requirements-voices-test.txt
 	$(LOCK) requirements-bench.in -o requirements-bench.txt
