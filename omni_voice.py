@@ -6,6 +6,7 @@ error in either ends it for good, so whatever is known to cause one is kept from
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -30,17 +31,18 @@ from omni_model import (
     find_model,
     write_profile,
 )
+from reference_audio import HEARD_S
 from vllm_engine import NO_GPU, Emotion, EngineDead, LoadError, Reference, Spoken, sees_gpu
 from vllm_plugin import EMOTION_MODEL, OMNI_VARIABLE
 
 SAMPLE_RATE = 22_050  # Hz, of both models
-REFERENCE_S = 15  # the models hear no more of a reference audio
 MAX_UTTERANCE_TOKENS = 120  # IndexTTS's own limit of a segment; about 600 end the talker
 MIN_CODES = 8  # an utterance without audio codes ends the decoder
 RUNAWAY_S, RUNAWAY_S_PER_TOKEN = 4.0, 1.0  # speech that lasts longer is not of this text
 MAX_EMOTION = 1.2  # more of one emotion ends the talker
 START_CODE = 8192  # says "audio begins"; the decoder has no sound for it, and ends
 DEPLOYED_SHARE = "gpu_memory_utilization in TTS_OMNI_DEPLOY_CONFIG"
+FETCH_S = 3600  # for what a start takes from the hub; vLLM-Omni's own 300 s for a stage are soon over
 CACHED_TEXTS = 1024  # texts remembered as written out and counted: first split by that, then spoken
 
 log = logging.getLogger("speech.omni")
@@ -69,16 +71,17 @@ class OmniVoice:
         check_weights(folder, kind)
         if deploy_config and not deploy_config.is_file():
             raise LoadError(f"TTS_OMNI_DEPLOY_CONFIG: there is no file {deploy_config}")
-        build = import_engine()
         if not sees_gpu():
             raise LoadError(NO_GPU)
+        build = import_engine()
         load_grammars()
         scratch = tempfile.TemporaryDirectory(prefix="indextts-deploy-")
         folder = complete(folder, kind, Path(scratch.name))
         profile = deploy_config or write_profile(Path(scratch.name), kind, gpu_memory_utilization)
         os.environ[OMNI_VARIABLE] = "1"
+        patience = {"init_timeout": FETCH_S, "stage_init_timeout": FETCH_S} if fetched(folder) else {}
         try:
-            engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True)
+            engine = build(model=str(folder), deploy_config=str(profile), trust_remote_code=True, **patience)
         except Exception as error:
             setting = DEPLOYED_SHARE if deploy_config else "TTS_GPU_MEMORY_UTILIZATION"
             raise LoadError(explain(error, fetched(folder), setting)) from error
@@ -98,7 +101,9 @@ class OmniVoice:
         written = write_out(text)
         prompt = {
             "prompt_token_ids": [1] * self._prompt_tokens(written),  # their number is all that counts
-            "additional_information": self._conditions(written, reference, emotion, speed),
+            "additional_information": await asyncio.to_thread(  # or the loop would stand still for 20 ms
+                self._conditions, written, reference, emotion, speed
+            ),
         }
         return heard(await self._generate(prompt, self._sampling(tokens, seed)))
 
@@ -185,7 +190,7 @@ def heard(output: Any) -> Spoken:
 
 def heard_by_model(reference: Reference) -> list[Any]:
     """Return reference audio as the engine wants it: samples in a list, and their rate in Hz."""
-    samples = reference.samples[: REFERENCE_S * reference.sample_rate]
+    samples = reference.samples[: HEARD_S * reference.sample_rate]
     return [soxr.resample(samples, reference.sample_rate, SAMPLE_RATE).astype(np.float32).tolist(), SAMPLE_RATE]
 
 

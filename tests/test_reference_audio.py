@@ -102,6 +102,7 @@ def test_the_digest_follows_the_sound_and_not_the_name(tmp_path):
         (speech_like(0.5), "0.50 s"),
         (speech_like(31), "over 30 s"),
         (np.zeros(48_000, np.float32), "silent"),
+        (np.append(np.zeros(16 * 24_000, np.float32), speech_like(8)), "silent in the first 15 s"),
         (speech_like(2)[:0], "0.00 s"),
         (np.stack([speech_like(2)] * 12, axis=1), "12 channels"),
     ],
