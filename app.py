@@ -69,6 +69,7 @@ from errors import (
     RETRY_AFTER_S,
     Busy,
     ClientGone,
+    EngineFault,
     InvalidKey,
     InvalidRequest,
     NoSpace,
@@ -119,6 +120,7 @@ UPLOADS_AT_ONCE = 16  # more wait outside: each holds a thread
 MULTIPART_BYTES = 64 << 10  # of a multipart body beside its file
 NATIVE_PATHS = ("/tts_url", "/tts_url_with_cloning", "/upload_audio")  # their errors have IndexTTS's shape
 REST_S = 0.05  # of silence at either end of an answer: a word cut too close is misheard (你好 as 您好)
+FIRST_WORDS, WARM_UPS = ("Ready.", "好了。"), 3  # what is spoken before it is ready, and how often it may be tried
 PACE_WEIGHT = 0.2  # of an utterance in the engine's pace: about the last ten count
 LONG_SYLLABLES = 4 * FULL_SYLLABLES  # a text of about a minute
 SSE_FRAMES_PER_S = 50  # usage: input_tokens counts characters, output_tokens frames of 20 ms
@@ -394,15 +396,25 @@ class Speech:
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def load(self) -> None:
-        """Load the engine; ready means that a warm-up utterance came back."""
+        """Load the engine; ready means that its first words came back."""
         self.engine.load()
         self._check(self._voices)
         try:
-            for text in ("Ready.", "好了。"):
-                trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
+            for text in FIRST_WORDS:
+                self._warm_up(text)
         except Unavailable as error:
             raise RuntimeError(f"at its first words: {error.__cause__ or error}. The log above says why") from error
         self.trouble = None
+
+    def _warm_up(self, text: str) -> None:
+        """Have it speak; a few times, as an engine that samples may miss so short a text. Raises SpeechError."""
+        for misses in range(WARM_UPS):
+            try:
+                trim(self.engine.synthesize(text, self.voices.resolve(None), SynthesisOptions()))
+                return
+            except EngineFault:
+                if misses + 1 == WARM_UPS:
+                    raise
 
     def _load(self) -> None:
         try:

@@ -402,7 +402,7 @@ class TestLoading:
         """Load a service, whose engine fails as told; return it and how often it asked for another worker."""
         made = []
 
-        def load(fault=None, **attributes):
+        def load(fault=None, how="_load", **attributes):
             async def create(_settings):
                 if fault:
                     raise fault
@@ -412,7 +412,7 @@ class TestLoading:
             made.append(engine)
             service = create_app(engine._settings, engine).extensions["speech"]
             vars(service).update(attributes, on_death=lambda: deaths.append(1))
-            service._load()
+            getattr(service, how)()
             return service, len(deaths)
 
         yield load
@@ -426,6 +426,14 @@ class TestLoading:
     def test_a_replacement_that_does_not_load_makes_room_for_the_next(self, load):
         service, deaths = load(RuntimeError("out of memory"), retry_load_s=0.1)
         assert "out of memory" in service.ailment() and deaths == 1
+
+    def test_first_words_that_it_misses_are_tried_again(self, load, voice):
+        nothing = Spoken(np.zeros(0, np.float32), False)
+        voice.answers = [nothing] * 4  # two takes each of two tries
+        assert load(how="load")[0].ailment() is None
+        voice.answers = [nothing] * 6
+        with pytest.raises(EngineFault, match="'Ready.'"):
+            load(how="load")
 
     def test_one_that_dies_at_its_first_words_is_told(self, load, voice):
         voice.delay_s, voice.sick = 60, "stage 0 is dead"
