@@ -44,6 +44,7 @@ KEPT_EMOTION_TEXTS = 256
 CODES_PER_SECOND = 50  # 22,050 Hz / (1.72 frames of 256 samples)
 LONGEST_S, LONGEST_S_PER_TOKEN = 5, 1  # more speech than 5 s and a second a text token is runaway generation
 DROPPED_CODES = 2  # infer() drops the stop token and the code before it
+EMOTIONS = ("happy", "angry", "sad", "fear", "hate", "low", "surprise", "neutral")
 EMOTION_TOKENS = 256  # eight emotions with their shares take 80
 SLOTS = 4  # some in the GPT while one is in the stages after it
 NOTHING = Spoken(np.zeros(0, np.float32), truncated=False)
@@ -95,9 +96,9 @@ class IndexTTSVoice:
         shares = {"TTS_GPU_MEMORY_UTILIZATION": gpu_memory_utilization}
         if (weights / EMOTION_MODEL).is_dir():
             shares["TTS_QWENEMO_GPU_MEMORY_UTILIZATION"] = qwenemo_gpu_memory_utilization
-        module = import_checkout(checkout, emotes=len(shares) > 1)
         if not sees_gpu():
             raise LoadError(NO_GPU)
+        module = import_checkout(checkout, emotes=len(shares) > 1)
         tts = construct(
             module.IndexTTS2,
             shares,
@@ -191,7 +192,7 @@ class IndexTTSVoice:
         if self._emotion_model is None:
             raise ValueError(f"emotion by text needs the folder {EMOTION_MODEL} in TTS_MODEL_DIR")
         shares, _ = await self._emotion_model.inference(text)
-        return tuple(shares.values())
+        return tuple(shares[name] for name in EMOTIONS)  # by name: one that it could not read comes last
 
     async def _generate(self, prompt: dict[str, Any], tokens: int, seed: int | None) -> tuple[list[int], bool]:
         """Have vLLM's GPT write the audio codes; tell whether they ran to the limit. Cancelling aborts it."""

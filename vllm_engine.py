@@ -167,6 +167,8 @@ class EngineLoop:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         with self._lock:
             self._running.add(future)
+        if self.ailment():  # it died in between
+            future.cancel()
         try:
             on_cancel(future.cancel)
             return future.result(timeout_s)
@@ -244,10 +246,15 @@ def memory_advice(fault: str, setting: str) -> str | None:
 
 
 def sees_gpu() -> bool:
-    """Tell whether torch sees a GPU, or vLLM is its own CPU build, which needs none."""
-    import torch
-    from vllm.platforms import current_platform
+    """Tell whether torch sees a GPU, or vLLM is its own CPU build, which needs none.
 
+    True where either is missing, too: that is for the engine's own import to tell.
+    """
+    try:
+        import torch
+        from vllm.platforms import current_platform
+    except ImportError:
+        return True
     return torch.cuda.is_available() or current_platform.is_cpu()
 
 

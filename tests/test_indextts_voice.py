@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import indextts_voice
 from indextts_voice import (
     CODES_PER_SECOND,
     EMOTION_TOKENS,
+    EMOTIONS,
     KEPT_REFERENCES,
     LONGEST_S,
     WEIGHTS,
@@ -134,7 +136,7 @@ class ScriptedEmotionModel:
 
     async def inference(self, text):
         self.read.append(text)
-        return dict(enumerate(HAPPY)), "what it said"
+        return dict(reversed(list(zip(EMOTIONS, HAPPY, strict=True)))), "what it said"
 
 
 @pytest.fixture
@@ -473,6 +475,12 @@ def test_a_missing_file_of_the_weights_is_named_with_its_setting(checkout, name)
 def test_the_weights_may_lie_anywhere(checkout, tmp_path_factory):
     with pytest.raises(LoadError, match="TTS_MODEL_DIR"):
         load(checkout, tmp_path_factory.mktemp("elsewhere"))
+
+
+def test_a_missing_gpu_is_told_before_the_checkout_is_imported(checkout, monkeypatch):
+    monkeypatch.setattr(indextts_voice, "sees_gpu", lambda: False)
+    with pytest.raises(LoadError, match="torch sees no GPU"):
+        load(checkout)
 
 
 class Started:
