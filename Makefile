@@ -56,7 +56,7 @@ test-omni: ## test the omni engine: real vLLM-Omni on the CPU, small random mode
 	PYTHONPATH=. "$$venv/bin/python" -m pytest -rA --tb=short --show-capture=no tests/omni
 
 .PHONY: bench
-bench: install-bench ## measure this server and draw benchmarks/plots (half an hour)
+bench: install-bench ## measure this server and draw benchmarks/plots (an hour)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/plots.py
 

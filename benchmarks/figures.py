@@ -1,6 +1,6 @@
 """The figures of this server: start, first audio, cost, load, fairness, memory; and what the plots are drawn from.
 
-    python benchmarks/figures.py [--growth 500]        about half an hour on two idle cores
+    python benchmarks/figures.py [--growth 2000]       about an hour on two idle cores
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from texts import LANGUAGES, PARAGRAPH, STORY, Texts
 sys.path.insert(0, str(ROOT))
 
 from embedded_voice import EmbeddedVoice
-from engines import EmbeddedEngine, find_runtime
+from engines import EmbeddedEngine
 from settings import Settings
 from utterances import split_utterances
 from voices import Voices
 
 LOADS = [Case(clients=clients) for clients in (1, 2, 4, 8, 16)]
 LENGTHS = [Case(language, length, clients=1) for language in LANGUAGES for length in (10, 100, 1000, 4000)]
+PAIRS = [Case(language, 1000, clients=2) for language in LANGUAGES]
 FORMATS = [Case(response_format=name, clients=1) for name in ("wav", "mp3")]
 OPEN = [Case(rate=0.25), Case("zh", 10, rate=1.0)]
 Row = list[str]  # what, figure, the figure to reach
@@ -138,9 +139,9 @@ class Recorder:
 
 def overhead_figure(target: Target, rounds: int = 15) -> Row:
     """Return a minute's request against the bare engine calls for the same utterances, taken in turns."""
-    settings = Settings()
-    voice = Voices.load(settings.voices_file).resolve(target.voice)
-    engine = EmbeddedVoice(threads=2, runtime=find_runtime())
+    settings = Settings.from_env()
+    voice, server = Voices.load(settings.voices_file).resolve(target.voice), EmbeddedEngine(settings)
+    engine = EmbeddedVoice(threads=server._threads, runtime=server._runtime)
     network = engine._network
     recorders = network._encoder, network._decoder = Recorder(network._encoder), Recorder(network._decoder)
     for utterance in split_utterances(STORY, usual=EmbeddedEngine.usual_syllables):
@@ -171,28 +172,34 @@ def told(row: Row) -> Row:
     return row
 
 
-def server_figures(server: Server, requests: int) -> tuple[list[Row], list[Result]]:
+def server_figures(server: Server) -> tuple[list[Row], list[Result]]:
     """Return the rows of a running server, and the results of its loads."""
     before, target, texts = machine(), Target("this server", server.url, pid=server.pid), Texts()
     speak(target, PARAGRAPH)  # a first request that is not counted
     rows = [*map(told, first_audio_figures(target)), told(overhead_figure(target))]
     rows += map(told, fairness_figures(target, texts))
-    results = [run_case(target, case, texts) for case in (*LOADS, *FORMATS, *LENGTHS, *OPEN)]
+    results = [run_case(target, case, texts) for case in (*LOADS, *PAIRS, *FORMATS, *LENGTHS, *OPEN)]
     save("bench", {"machine": before, "results": results})  # before what takes longest
-    rows += [told(crowd_figure(target, texts)), told(underruns_figure(results))]
-    return [*rows, *memory_figures(growth(target, requests, texts))], results
+    return [*rows, told(crowd_figure(target, texts)), told(underruns_figure(results))], results
+
+
+def growth_figures(requests: int) -> list[Row]:
+    """Return the memory rows of a server that has answered nothing yet."""
+    with own_server() as server:
+        return memory_figures(growth(Target("this server", server.url, pid=server.pid), requests, Texts()))
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", type=int, default=500, help="requests over which memory is watched")
+    parser.add_argument("--growth", type=int, default=2000, help="requests over which memory is watched")
     args = parser.parse_args()
     leave_on_term()
     rows = [told(start_figure()), *map(told, cost_figures(cost_runs(3, 5)))]
     with own_server() as server:
-        more, results = server_figures(server, args.growth)
-    print(markdown(["what", "figure", "to reach"], rows := [*rows, *more]))
+        more, results = server_figures(server)
+    rows += [*more, *growth_figures(args.growth)]
+    print(markdown(["what", "figure", "to reach"], rows))
     print(f"\nMedian (least to most). Figures: {save('figures', rows)}\n")
     print(markdown(CASE_HEADER, map(case_row, results)))
     print(f"\n{CASE_NOTE} Samples: {RESULTS / 'bench.json'}")
