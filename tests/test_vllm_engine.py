@@ -103,6 +103,13 @@ class TestOwner:
             owner.run(voice.speak("a", None), 5, lambda cancel: threading.Timer(0.1, cancel).start())
         until(lambda: voice.cancelled == 1)
 
+    def test_an_engine_that_dies_between_being_asked_and_its_work_stops_it(self, owner, voice, monkeypatch):
+        voice.delay_s, owner._ailment, told = 60, "gone", iter([None, "gone"])
+        monkeypatch.setattr(owner, "ailment", lambda: next(told))
+        with pytest.raises(EngineDead, match="gone"):
+            owner.run(voice.speak("a", None), 5, ignore)
+        assert owner.in_flight == 0
+
     def test_what_the_voice_raises_comes_through(self, owner):
         async def fail():
             raise ValueError("no")
