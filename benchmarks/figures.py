@@ -140,8 +140,8 @@ class Recorder:
 def overhead_figure(target: Target, rounds: int = 15) -> Row:
     """Return a minute's request against the bare engine calls for the same utterances, taken in turns."""
     settings = Settings.from_env()
-    voice, server = Voices.load(settings.voices_file).resolve(target.voice), EmbeddedEngine(settings)
-    engine = EmbeddedVoice(threads=server._threads, runtime=server._runtime)
+    voice, served = Voices.load(settings.voices_file).resolve(target.voice), EmbeddedEngine(settings)
+    engine = EmbeddedVoice(threads=served._threads, runtime=served._runtime)
     network = engine._network
     recorders = network._encoder, network._decoder = Recorder(network._encoder), Recorder(network._decoder)
     for utterance in split_utterances(STORY, usual=EmbeddedEngine.usual_syllables):
