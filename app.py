@@ -84,7 +84,7 @@ from metrics import Metrics
 from openapi import describe
 from reference_audio import BadReference, find_reference, load_reference
 from reference_store import OwnVoices, Uploads
-from scheduling import Cancellation, Claim, Jobs, Line, Slots
+from scheduling import Claim, Jobs, Line, Slots, Ticket
 from settings import HERE, Settings
 from utterances import (
     FIRST_AUDIO_S,
@@ -540,7 +540,7 @@ class Speech:
                 claim.leave()
 
     def _claim(self, utterance: Utterance, order: Order, line: Line) -> Claim:
-        sound = self.engine.sound_key(order.voice, self._options(order, Cancellation()))
+        sound = self.engine.sound_key(order.voice, self._options(order, Ticket()))
         key = None if sound is None else (utterance, order.speed, sound)
         make = partial(self._synthesize, utterance, order, time.perf_counter())
         return self._jobs.claim(key, line, count_syllables(utterance.text), make)
@@ -560,28 +560,27 @@ class Speech:
         spoken = any(map(str.isalnum, order.text))
         yield from split_to_fit(utterances, self.engine.fits) if spoken else utterances[:1]
 
-    def _synthesize(
-        self, utterance: Utterance, order: Order, asked: float, cancellation: Cancellation
-    ) -> AudioChunk:
+    def _synthesize(self, utterance: Utterance, order: Order, asked: float, ticket: Ticket) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
         if not any(map(str.isalnum, utterance.text)):
             return silence(utterance.pause_s / order.speed, self.engine.sample_rate)
         began = time.perf_counter()
-        self.metrics.slot_wait_s.observe(began - asked)
-        options = self._options(order, cancellation)
+        options = self._options(order, ticket)
         with self.metrics.busy_slots.track_inprogress():
             chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
-        compute_s = time.perf_counter() - began
-        self._pace_s += PACE_WEIGHT * (compute_s / count_syllables(utterance.text) - self._pace_s)
+        slot_s = time.perf_counter() - began
+        self._pace_s += PACE_WEIGHT * (slot_s / count_syllables(utterance.text) - self._pace_s)
+        compute_s = slot_s - ticket.waited_s
         order.compute_s += compute_s
+        self.metrics.slot_wait_s.observe(began - asked + ticket.waited_s)
         self.metrics.compute_s.inc(compute_s)
         self.metrics.rtf.observe(compute_s / chunk.seconds)
         return stretch(chunk, order.speed / options.speed)
 
-    def _options(self, order: Order, cancellation: Cancellation) -> SynthesisOptions:
+    def _options(self, order: Order, ticket: Ticket) -> SynthesisOptions:
         slowest, fastest = self.engine.speed_range
         native = min(max(order.speed, slowest), fastest)
-        return SynthesisOptions(native, order.seed, order.emotion, order.reference, cancellation)
+        return SynthesisOptions(native, order.seed, order.emotion, order.reference, ticket)
 
     def _await(self, future: Future, order: Order) -> AudioChunk:
         """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""

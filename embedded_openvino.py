@@ -12,16 +12,18 @@ Measured on 2 cores with AVX512-VNNI, utterances of a text one by one: 15 times 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
 from embedded_graph import FEATURES, SCALE, Surgery, attributes_of, refill
+from scheduling import Ticket
 
 RANGES = Path(__file__).resolve().parent / "assets" / "activation_ranges.json"
 INPUTS = dict(zip((*FEATURES, "style"), ([1, 512, None], [1, None], [1, None], [1, 256]), strict=True))
@@ -65,18 +67,16 @@ class OpenVINODecoder:
         self._model = core.compile_model(core.read_model(for_openvino(model)), "CPU", settings)
         self._one_at_a_time = Lock()
 
-    def run(
-        self, features: dict[str, np.ndarray], on_cancel: Callable[[Callable[[], object]], None], *, keep: bool
-    ) -> np.ndarray:
-        """Return the samples [n]; raise RuntimeError where `on_cancel`'s callback was called before its turn came.
+    def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
+        """Return the samples [n]; raise RuntimeError where the ticket was cancelled before its turn came.
 
         What has begun, half a second as a rule, is made to its end: a run that OpenVINO cancels leaves its lengths
         behind in the graph, and the next one fails over them.
         """
-        cancelled = Event()
-        on_cancel(cancelled.set)
+        asked = time.perf_counter()
         with self._one_at_a_time:
-            if cancelled.is_set():
+            ticket.waited_s += time.perf_counter() - asked
+            if ticket.cancelled:
                 raise RuntimeError("cancelled before it began")
             request = self._model.create_infer_request()
             try:

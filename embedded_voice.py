@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock, Thread
 from typing import Literal, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
 from embedded_graph import FEATURES, split, unroll_convolutions
 from embedded_openvino import OpenVINODecoder
 from quiet_onnxruntime import onnxruntime
-from scheduling import give_way
+from scheduling import Ticket, give_way
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SAMPLE_RATE = 24_000  # Hz
@@ -43,7 +43,6 @@ KEPT_FRAMES = 208
 STEP_FRAMES = 8  # lengths are multiples of this where there is silence enough: a new one costs OpenVINO new kernels
 
 Runtime = Literal["openvino", "onnxruntime"]
-OnCancel = Callable[[Callable[[], object]], None]  # is given what to call to stop
 
 log = logging.getLogger("speech.embedded")
 
@@ -103,8 +102,8 @@ class Styles:
 class Decoder(Protocol):
     """Makes samples of the encoder's features, on one runtime or the other."""
 
-    def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel, *, keep: bool) -> np.ndarray:
-        """Return the samples [n], or raise anything, where `on_cancel`'s callback was called meanwhile.
+    def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
+        """Return the samples [n], or raise anything where the ticket was cancelled meanwhile.
 
         keep: the memory it was made in, for the next utterance.
         """
@@ -128,10 +127,10 @@ class OnnxDecoder:
     def _open_second(self, model: bytes) -> None:
         self._on_one = open_session(model, 1)
 
-    def run(self, features: dict[str, np.ndarray], on_cancel: OnCancel, *, keep: bool) -> np.ndarray:
+    def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
         """Return the samples [n]; onnxruntime raises where it is cancelled."""
         options = onnxruntime.RunOptions()
-        on_cancel(lambda: setattr(options, "terminate", True))
+        ticket.on_cancel(lambda: setattr(options, "terminate", True))
         with self._session() as session:
             if not keep or session is self._on_one:  # which may run several at once, and would keep what they all took
                 give_memory_back(options)
@@ -165,13 +164,13 @@ class Network:
         self._encoder = open_session(unroll_convolutions(encoder), threads)
         self._decoder = DECODERS[runtime](decoder, threads)
 
-    def run(self, inputs: dict[str, np.ndarray], on_cancel: OnCancel) -> np.ndarray:
+    def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
         spoken = without_silence(*self._encoder.run(None, inputs, give_memory_back(onnxruntime.RunOptions())))
         features = {**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}
         keep = spoken[0].shape[2] <= KEPT_FRAMES
         try:
-            return self._decoder.run(features, on_cancel, keep=keep)
+            return self._decoder.run(features, ticket, keep=keep)
         finally:
             if not keep:  # else some of it stays with the C library
                 trim_heap(0)
@@ -228,23 +227,18 @@ class EmbeddedVoice:
         """Raise ValueError where a recipe is none, or names a style that there is not."""
         self._styles.blend(recipe)
 
-    def speak(self, text: str, style: str, speed: float = 1.0, on_cancel: OnCancel = lambda stop: None) -> np.ndarray:
-        """Return float32 samples [n] at 24 kHz; `on_cancel` is given what to call to stop. Raises Cancelled."""
-        table, stopped = self._styles.blend(style), Event()
-
-        def stop_by(stop: Callable[[], None]) -> None:
-            on_cancel(lambda: (stopped.set(), stop()))
-
-        stop_by(lambda: None)
+    def speak(self, text: str, style: str, speed: float = 1.0, ticket: Ticket | None = None) -> np.ndarray:
+        """Return float32 samples [n] at 24 kHz; raise Cancelled where the ticket is cancelled."""
+        table, ticket = self._styles.blend(style), ticket or Ticket()
         parts = []
         for tokens in self._token_runs(self._g2p(text)):
             try:
-                if not stopped.is_set():
-                    parts.append(self._run(tokens, table, speed, stop_by))
+                if not ticket.cancelled:
+                    parts.append(self._run(tokens, table, speed, ticket))
             except Exception:  # neither runtime has an exception of its own for this
-                if not stopped.is_set():
+                if not ticket.cancelled:
                     raise
-            if stopped.is_set():
+            if ticket.cancelled:
                 raise Cancelled
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
@@ -256,13 +250,13 @@ class EmbeddedVoice:
             yield [self._vocabulary[symbol] for symbol in phonemes[:end]]
             phonemes = phonemes[end:]
 
-    def _run(self, tokens: list[int], table: np.ndarray, speed: float, on_cancel: OnCancel) -> np.ndarray:
+    def _run(self, tokens: list[int], table: np.ndarray, speed: float, ticket: Ticket) -> np.ndarray:
         inputs = {
             "tokens": np.array([[0, *tokens, 0]], np.int64),
             "style": table[len(tokens) - 1][None].astype(np.float32),
             "speed": np.array([speed], np.float32),
         }
-        return self._network.run(inputs, on_cancel)
+        return self._network.run(inputs, ticket)
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,7 @@ import numpy as np
 from audio import QUIET, AudioChunk, level
 from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
-from scheduling import Cancellation
+from scheduling import Ticket
 from settings import HERE, Settings
 from utterances import FULL_SYLLABLES, count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
@@ -38,7 +38,7 @@ class SynthesisOptions:
     seed: int | None = None
     emotion: Emotion = Emotion()
     reference: Reference | None = None  # speak like this, not like the voice
-    cancellation: Cancellation = field(default_factory=Cancellation)
+    ticket: Ticket = field(default_factory=Ticket)
 
 
 class Engine(Protocol):
@@ -142,7 +142,7 @@ class EmbeddedEngine:
         """Speak one utterance in the style that the voice has for its language."""
         language = self._voice.language(utterance)
         style = getattr(voice.embedded, language)
-        samples = self._voice.speak(utterance, style, options.speed, options.cancellation.on_cancel)
+        samples = self._voice.speak(utterance, style, options.speed, options.ticket)
         return level(AudioChunk(samples, self.sample_rate), getattr(voice.embedded.gain_db, language))
 
     def healthy(self) -> str | None:
@@ -225,7 +225,7 @@ class VllmEngine:
     def _speak(self, utterance: str, reference: Reference, options: SynthesisOptions, seed: int | None) -> Spoken:
         work = self._voice.speak(utterance, reference, emotion=options.emotion, speed=options.speed, seed=seed)
         try:
-            return self._owner.run(work, self._settings.utterance_timeout_s, options.cancellation.on_cancel)
+            return self._owner.run(work, self._settings.utterance_timeout_s, options.ticket.on_cancel)
         except EngineDead as error:
             raise Unavailable(f"The engine died: {error}. Another one is being started.", code="engine_died") from error
         except DeadlinePassed as error:

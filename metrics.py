@@ -24,7 +24,7 @@ class Metrics:
             ["answer"], buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.slot_wait_s = Histogram(
-            "speech_slot_wait_seconds", "How long an utterance waited for a slot", buckets=SECONDS, registry=registry
+            "speech_slot_wait_seconds", "How long an utterance waited for its turn", buckets=SECONDS, registry=registry
         )
         self.rtf = Histogram(
             "speech_rtf", "Seconds in a slot over seconds of audio, of an utterance", buckets=RTF, registry=registry

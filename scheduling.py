@@ -19,13 +19,17 @@ import cachetools
 NICENESS = 5  # of threads that compute: a third of the time of one that answers, where both want it
 
 
-class Cancellation:
-    """Says once that a request's work is no longer wanted."""
+class Ticket:
+    """Between those who wait for an utterance and what makes it: that it is no longer wanted, and how long it waited.
+
+    waited_s: seconds in the engine until its turn came there, where it makes fewer at a time than there are slots.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], Any]] = []
         self.cancelled = False
+        self.waited_s = 0.0
 
     def cancel(self) -> None:
         """Stop what runs now and what would come."""
@@ -35,7 +39,7 @@ class Cancellation:
         for callback in callbacks:
             callback()
 
-    def on_cancel(self, callback: Callable[[], None]) -> None:
+    def on_cancel(self, callback: Callable[[], Any]) -> None:
         """Call back when cancelled, at once if that was before."""
         with self._lock:
             if not self.cancelled:
@@ -139,7 +143,7 @@ class Job:
     """An utterance being made, for as many requests as wait for it."""
 
     def __init__(self) -> None:
-        self.cancellation = Cancellation()
+        self.ticket = Ticket()
         self.future: Future = Future()
         self.waiting = 0
 
@@ -158,7 +162,7 @@ class Jobs:
         """Bytes in the cache."""
         return int(self._cache.currsize)
 
-    def claim(self, key: Hashable, line: Line, size: float, make: Callable[[Cancellation], Any]) -> Claim:
+    def claim(self, key: Hashable, line: Line, size: float, make: Callable[[Ticket], Any]) -> Claim:
         """Have an utterance made in a slot, or share it; with a key of None it is made for this claim alone.
 
         line, size: the request's own line for the slots, and how much of them this takes. The work stops once everyone
@@ -173,9 +177,9 @@ class Jobs:
             job.waiting += 1
         return Claim(job.future, origin, lambda: self._leave(key, job))
 
-    def _start(self, key: Hashable, line: Line, size: float, make: Callable[[Cancellation], Any]) -> Job:
+    def _start(self, key: Hashable, line: Line, size: float, make: Callable[[Ticket], Any]) -> Job:
         job = Job()
-        job.future = self._slots.submit(line, size, lambda: make(job.cancellation))
+        job.future = self._slots.submit(line, size, lambda: make(job.ticket))
         if key is not None:
             self._under_way[key] = job
             job.future.add_done_callback(lambda future: self._finish(key, job, future))
@@ -187,7 +191,7 @@ class Jobs:
             if job.waiting or job.future.done():
                 return
             self._forget(key, job)
-        job.cancellation.cancel()
+        job.ticket.cancel()
 
     def _finish(self, key: Hashable, job: Job, future: Future) -> None:
         with self._lock:

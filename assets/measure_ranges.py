@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self) -> None:
         self.features: dict[str, np.ndarray] = {}
 
-    def run(self, features: dict[str, np.ndarray], on_cancel: object, *, keep: bool) -> np.ndarray:
+    def run(self, features: dict[str, np.ndarray], ticket: object, *, keep: bool) -> np.ndarray:
         """Keep them; return no samples."""
         self.features = features
         return np.zeros(0, np.float32)

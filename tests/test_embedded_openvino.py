@@ -18,7 +18,7 @@ from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, for_ope
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
-from scheduling import Cancellation
+from scheduling import Ticket
 from settings import Settings
 from voices import Voices
 
@@ -235,13 +235,26 @@ def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked
         EmbeddedEngine(Settings(embedded_runtime="openvino")).load()
 
 
+def test_a_ticket_tells_how_long_its_turn_was_waited_for(runtimes):
+    voice = runtimes[1]
+    alone, waiting = Ticket(), Ticket()
+    voice.speak("The boats lay still.", "am_onyx", 1.0, alone)
+    with voice._network._decoder._one_at_a_time:
+        speaking = threading.Thread(target=voice.speak, args=("The boats lay still.", "am_onyx", 1.0, waiting))
+        speaking.start()
+        speaking.join(1)
+        assert speaking.is_alive()
+    speaking.join(30)
+    assert alone.waited_s < 0.1 and 0.5 < waiting.waited_s < 1.1
+
+
 def test_what_is_given_up_as_it_begins_is_cancelled_and_no_fault(runtimes):
     for engine in runtimes:
         for late in range(40):
-            cancellation = Cancellation()
-            threading.Timer(late / 400, cancellation.cancel).start()
+            ticket = Ticket()
+            threading.Timer(late / 400, ticket.cancel).start()
             with suppress(Cancelled):  # and nothing else
-                engine.speak("The boats lay still.", "am_onyx", 1.0, cancellation.on_cancel)
+                engine.speak("The boats lay still.", "am_onyx", 1.0, ticket)
 
 
 def test_what_is_cancelled_leaves_nothing_behind(runtimes):
@@ -249,8 +262,8 @@ def test_what_is_cancelled_leaves_nothing_behind(runtimes):
     for engine in runtimes:
         alone = engine.speak("The boats lay still.", "am_onyx")
         for late in range(12):
-            cancellation = Cancellation()
-            threading.Timer(0.02 + late / 24, cancellation.cancel).start()
+            ticket = Ticket()
+            threading.Timer(0.02 + late / 24, ticket.cancel).start()
             with suppress(Cancelled):
-                engine.speak(long, "am_onyx", 1.0, cancellation.on_cancel)
+                engine.speak(long, "am_onyx", 1.0, ticket)
             assert np.array_equal(engine.speak("The boats lay still.", "am_onyx"), alone)

@@ -30,7 +30,7 @@ from embedded_voice import (
     read_weights,
     without_silence,
 )
-from scheduling import NICENESS, Cancellation
+from scheduling import NICENESS, Ticket
 from settings import HERE
 
 
@@ -185,7 +185,7 @@ def test_the_memory_of_a_short_utterance_is_kept_for_the_next_one(voice, monkeyp
     class Recorder:
         """Stands in for the decoder."""
 
-        def run(self, features, on_cancel, *, keep):
+        def run(self, features, ticket, *, keep):
             kept.append((features[FEATURES[0]].shape[2], keep))
             return np.zeros(1, np.float32)
 
@@ -246,12 +246,12 @@ def test_nothing_is_written_and_nobody_is_asked(tmp_path, runtime):
 
 
 def test_giving_up_ends_a_long_utterance_early(voice):
-    cancellation, ended = Cancellation(), []
+    ticket, ended = Ticket(), []
     text = "The boats lay still in the harbour that morning, " * 60  # several times as long as the time it has
 
     def speak():
         with pytest.raises(Cancelled):
-            voice.speak(text, "am_onyx", 1.0, cancellation.on_cancel)
+            voice.speak(text, "am_onyx", 1.0, ticket)
         ended.append(time.monotonic())
 
     thread = threading.Thread(target=speak)
@@ -259,7 +259,7 @@ def test_giving_up_ends_a_long_utterance_early(voice):
     time.sleep(0.5)
     assert not ended
     stopped = time.monotonic()
-    cancellation.cancel()
+    ticket.cancel()
     thread.join(30)
     # OpenVINO finishes the 508 tokens that it is at, half a minute of speech, and begins no others.
     assert ended[0] - stopped < (1 if isinstance(voice._network._decoder, OnnxDecoder) else 6)

@@ -154,7 +154,7 @@ def test_a_client_that_left_is_noticed_while_waiting(speech, engine):
     stopped = threading.Event()
 
     def until_cancelled(text, options):
-        options.cancellation.on_cancel(stopped.set)
+        options.ticket.on_cancel(stopped.set)
         stopped.wait(5)
 
     engine.script = until_cancelled

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from scheduling import NICENESS, Cancellation, Jobs, Line, Slots
+from scheduling import NICENESS, Jobs, Line, Slots, Ticket
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def test_without_a_key_each_is_made(jobs):
 def test_a_shared_job_goes_on_while_one_waits_and_stops_with_the_last(jobs):
     stopped = threading.Event()
 
-    def make(cancellation):
-        cancellation.on_cancel(stopped.set)
+    def make(ticket):
+        ticket.on_cancel(stopped.set)
         stopped.wait(5)
         return "sound"
 
@@ -179,9 +179,9 @@ def test_what_is_larger_than_the_cache_is_not_kept(capacity):
     assert jobs.cached_bytes == 0
 
 
-def test_a_late_listener_of_a_cancellation_is_called_at_once():
-    cancellation, heard = Cancellation(), []
-    cancellation.on_cancel(lambda: heard.append("early"))
-    cancellation.cancel()
-    cancellation.on_cancel(lambda: heard.append("late"))
+def test_a_late_listener_of_a_ticket_is_called_at_once():
+    ticket, heard = Ticket(), []
+    ticket.on_cancel(lambda: heard.append("early"))
+    ticket.cancel()
+    ticket.on_cancel(lambda: heard.append("late"))
     assert heard == ["early", "late"]
