@@ -32,11 +32,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -90,6 +90,8 @@ from utterances import (
     FIRST_AUDIO_S,
     FIRST_SYLLABLES,
     FULL_SYLLABLES,
+    PAUSE_S,
+    SENTENCE,
     Utterance,
     count_syllables,
     first_length,
@@ -349,7 +351,7 @@ class Order:
     is_gone: Callable[[], bool] = lambda: False  # tells whether the client left
     unspoken: str = ""  # its letters that the engine does not read
     patient: bool = False  # waits while the engine loads: the dubbing worker gives up after 6 s of refusals
-    origins: list[str] = field(default_factory=list)  # how each utterance so far came: miss, shared or hit
+    cached: bool = False  # all of it was made before
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
 
@@ -516,7 +518,9 @@ class Speech:
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
-        waiting = self._speakable(order)
+        utterances = list(self._speakable(order))
+        order.cached = all(self._jobs.holds(self._key(utterance, order)) for utterance in utterances)
+        waiting = iter(utterances)
         line = Line()
         pending: deque[tuple[Utterance, Claim]] = deque()
 
@@ -531,7 +535,6 @@ class Speech:
                 chunk = self._await(claim.future, order)
                 pending.popleft()
                 claim_up_to(self.slots)
-                order.origins.append(claim.origin)
                 self.metrics.utterances.labels(claim.origin).inc()
                 yield utterance, chunk, not pending  # with one left to come, it would be pending by now
                 claim_up_to(self.slots + 1)
@@ -540,10 +543,13 @@ class Speech:
                 claim.leave()
 
     def _claim(self, utterance: Utterance, order: Order, line: Line) -> Claim:
+        make = partial(self._synthesize, utterance.text, order, time.perf_counter())
+        return self._jobs.claim(self._key(utterance, order), line, count_syllables(utterance.text), make)
+
+    def _key(self, utterance: Utterance, order: Order) -> Hashable | None:
+        """Return all that shapes an utterance's sound; None where it never sounds the same twice."""
         sound = self.engine.sound_key(order.voice, self._options(order, Ticket()))
-        key = None if sound is None else (utterance, order.speed, sound)
-        make = partial(self._synthesize, utterance, order, time.perf_counter())
-        return self._jobs.claim(key, line, count_syllables(utterance.text), make)
+        return None if sound is None else (utterance.text, order.speed, sound)
 
     def _speakable(self, order: Order) -> Iterator[Utterance]:
         """Yield the utterances; before the first, raise InvalidRequest where a part has letters and none is read."""
@@ -560,16 +566,16 @@ class Speech:
         spoken = any(map(str.isalnum, order.text))
         yield from split_to_fit(utterances, self.engine.fits) if spoken else utterances[:1]
 
-    def _synthesize(self, utterance: Utterance, order: Order, asked: float, ticket: Ticket) -> AudioChunk:
+    def _synthesize(self, text: str, order: Order, asked: float, ticket: Ticket) -> AudioChunk:
         """Make one utterance in a slot: the engine's own speed as far as it goes, stretching for the rest."""
-        if not any(map(str.isalnum, utterance.text)):
-            return silence(utterance.pause_s / order.speed, self.engine.sample_rate)
+        if not any(map(str.isalnum, text)):
+            return silence(PAUSE_S[SENTENCE] / order.speed, self.engine.sample_rate)
         began = time.perf_counter()
         options = self._options(order, ticket)
         with self.metrics.busy_slots.track_inprogress():
-            chunk = trim(self.engine.synthesize(utterance.text, order.voice, options))
+            chunk = trim(self.engine.synthesize(text, order.voice, options))
         slot_s = time.perf_counter() - began
-        self._pace_s += PACE_WEIGHT * (slot_s / count_syllables(utterance.text) - self._pace_s)
+        self._pace_s += PACE_WEIGHT * (slot_s / count_syllables(text) - self._pace_s)
         compute_s = slot_s - ticket.waited_s
         order.compute_s += compute_s
         self.metrics.slot_wait_s.observe(began - asked + ticket.waited_s)
@@ -972,7 +978,7 @@ def answer(
     response.call_on_close(parts.close)
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
-    response.headers["X-Cache"] = "hit" if set(order.origins) == {"hit"} else "miss"
+    response.headers["X-Cache"] = "hit" if order.cached else "miss"
     response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
     if order.unspoken:
         response.headers["X-Unspoken"] = quote("".join(dict.fromkeys(order.unspoken))[:32])

@@ -162,6 +162,11 @@ class Jobs:
         """Bytes in the cache."""
         return int(self._cache.currsize)
 
+    def holds(self, key: Hashable) -> bool:
+        """Tell whether an utterance is in the cache."""
+        with self._lock:
+            return key in self._cache
+
     def claim(self, key: Hashable, line: Line, size: float, make: Callable[[Ticket], Any]) -> Claim:
         """Have an utterance made in a slot, or share it; with a key of None it is made for this claim alone.
 

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import pytest
 
@@ -59,6 +60,13 @@ def test_a_repeated_request_comes_from_the_cache_and_says_so(client, engine):
     assert figure(client, "speech_cache_bytes") > 0
 
 
+def test_a_stream_is_a_hit_where_all_of_it_was_made_before(client, engine):
+    first, both = "The first sentence is long enough.", "The first sentence is long enough. The second is not there."
+    for text, told, made in [(first, "miss", 1), (both, "miss", 2), (first, "hit", 2), (both, "hit", 2)]:
+        response = say(client, text, seed=7, response_format="pcm")
+        assert (response.headers["X-Cache"], bool(response.data), len(engine.spoken)) == (told, True, made)
+
+
 @pytest.mark.parametrize("other", [{"voice": "nova"}, {"seed": 8}, {"speed": 1.5}, {"text": "Hello here."}])
 def test_what_would_sound_different_is_made(client, engine, other):
     say(client, seed=7)
@@ -106,6 +114,17 @@ def test_what_waits_for_a_slot_is_told(app, client, engine):
     gate.set()
     asking.join(5)
     assert figure(client, "speech_utterances_waiting") == figure(client, "speech_slots_busy") == 0
+
+
+def test_an_utterance_that_waits_in_the_engine_for_its_turn_is_not_being_made(client, engine):
+    def wait(text, options):
+        time.sleep(0.5)
+        options.ticket.waited_s += 0.5
+
+    engine.script = wait
+    say(client)
+    assert figure(client, "speech_slot_wait_seconds_sum") >= 0.5
+    assert 0 < figure(client, "speech_compute_seconds_total") < 0.5
 
 
 def test_metrics_need_a_key_where_keys_are_set(engine):
