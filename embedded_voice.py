@@ -133,7 +133,7 @@ class OnnxDecoder:
         ticket.on_cancel(lambda: setattr(options, "terminate", True))
         with self._session() as session:
             if not keep or session is self._on_one:  # which may run several at once, and would keep what they all took
-                give_memory_back(options)
+                options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             return session.run(None, features, options)[0].ravel()
 
     @contextmanager
@@ -166,7 +166,7 @@ class Network:
 
     def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
-        spoken = without_silence(*self._encoder.run(None, inputs, give_memory_back(onnxruntime.RunOptions())))
+        spoken = without_silence(*self._encoder.run(None, inputs))
         features = {**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}
         keep = spoken[0].shape[2] <= KEPT_FRAMES
         try:
@@ -277,10 +277,4 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # 30 % less CPU under contention
-    return options
-
-
-def give_memory_back(options: onnxruntime.RunOptions) -> onnxruntime.RunOptions:
-    """Have a run end with what it took given back to the C library."""
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
