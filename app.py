@@ -518,9 +518,8 @@ class Speech:
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
-        utterances = list(self._speakable(order))
-        order.cached = all(self._jobs.holds(self._key(utterance, order)) for utterance in utterances)
-        waiting = iter(utterances)
+        waiting, known = itertools.tee(self._speakable(order))
+        order.cached = all(self._jobs.holds(self._key(utterance, order)) for utterance in known)  # as far as it is
         line = Line()
         pending: deque[tuple[Utterance, Claim]] = deque()
 
