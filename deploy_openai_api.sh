@@ -696,13 +696,17 @@ take_away() {
 
 # Keep what DIR will replace, and how the running server was started; set BACKUP to the folder with it.
 backup() {
-  local pid staging=$APP_DIR/run/backup
+  local pid name staging=$APP_DIR/run/backup
   rm -rf -- "$staging" && mkdir -p "$staging" "$APP_DIR/backups" && chmod 700 "$staging"
   exchanged_paths "$1" >"$staging/replaced.txt"
   keep_files "$staging"
   if pid=$(server_pid) && ! is_ours "$pid"; then keep_start "$pid" "$staging"; fi
-  BACKUP=$APP_DIR/backups/$(program "$staging").backup.$(date +%Y%m%dT%H%M%S)
-  [[ ! -e $BACKUP ]] || die "$EXIT_UNCHANGED" "$BACKUP exists; try again in a second"
+  name=$APP_DIR/backups/$(program "$staging").backup
+  BACKUP=$name.$(date +%Y%m%dT%H%M%S)
+  while [[ -e $BACKUP ]]; do # made within this very second, by a deploy that was killed
+    sleep 0.1
+    BACKUP=$name.$(date +%Y%m%dT%H%M%S)
+  done
   mv -- "$staging" "$BACKUP"
   log "backup: $BACKUP"
 }
