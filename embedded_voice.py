@@ -40,6 +40,8 @@ SILENT_ENERGY, SILENT_FRAMES = -6.0, 4
 # What an utterance of up to so many frames was made in, some 26 MB for each second, is kept for the next one: to have
 # it anew from the system, page by page, is a tenth of the time. Of 50 utterances 49 are no longer.
 KEPT_FRAMES = 208
+# The same of the encoder, which takes less: what 120 tokens need, some 8 s of speech, is 4 MB.
+KEPT_TOKENS = 120
 STEP_FRAMES = 8  # lengths are multiples of this where there is silence enough: a new one costs OpenVINO new kernels
 
 Runtime = Literal["openvino", "onnxruntime"]
@@ -133,7 +135,7 @@ class OnnxDecoder:
         ticket.on_cancel(lambda: setattr(options, "terminate", True))
         with self._session() as session:
             if not keep or session is self._on_one:  # which may run several at once, and would keep what they all took
-                options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+                give_memory_back(options)
             return session.run(None, features, options)[0].ravel()
 
     @contextmanager
@@ -166,7 +168,10 @@ class Network:
 
     def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
-        spoken = without_silence(*self._encoder.run(None, inputs))
+        options = onnxruntime.RunOptions()
+        if inputs["tokens"].size > KEPT_TOKENS:
+            give_memory_back(options)
+        spoken = without_silence(*self._encoder.run(None, inputs, options))
         features = {**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}
         keep = spoken[0].shape[2] <= KEPT_FRAMES
         try:
@@ -278,3 +283,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # 30 % less CPU under contention
     return options
+
+
+def give_memory_back(options: onnxruntime.RunOptions) -> None:
+    """Have a run end with what it took given back to the C library."""
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
