@@ -368,8 +368,8 @@ class Speech:
         self.trouble: str | None = "loading"
         self.started = time.monotonic()
         self.slots = settings.slots or engine.slots
-        slots = Slots(self.slots)
-        self._jobs = Jobs(slots, settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
+        self._slots = Slots(self.slots)
+        self._jobs = Jobs(self._slots, settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
         self._requests = self._characters = 0
         self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
         self._lock = threading.Lock()
@@ -378,7 +378,7 @@ class Speech:
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
         self.metrics = Metrics()
         self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
-        self.metrics.watch("speech_utterances_waiting", "Utterances that wait for a slot", slots.waiting)
+        self.metrics.watch("speech_utterances_waiting", "Utterances that wait for a slot", self._slots.waiting)
         self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
         self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
         self.metrics.watch("speech_healthy", "1 when an utterance would be spoken", lambda: self.ailment() is None)
@@ -400,6 +400,8 @@ class Speech:
     def load(self) -> None:
         """Load the engine; ready means that its first words came back."""
         self.engine.load()
+        slots, self.slots = self.slots, self.settings.slots or self.engine.slots
+        self._slots.add(self.slots - slots)  # more where the engine had to take its other runtime
         self._check(self._voices)
         try:
             for text in FIRST_WORDS:
@@ -571,13 +573,15 @@ class Speech:
             return silence(PAUSE_S[SENTENCE] / order.speed, self.engine.sample_rate)
         began = time.perf_counter()
         options = self._options(order, ticket)
-        with self.metrics.busy_slots.track_inprogress():
-            chunk = trim(self.engine.synthesize(text, order.voice, options))
+        try:
+            with self.metrics.busy_slots.track_inprogress():
+                chunk = trim(self.engine.synthesize(text, order.voice, options))
+        finally:
+            self.metrics.slot_wait_s.observe(began - asked + ticket.waited_s)
         slot_s = time.perf_counter() - began
         self._pace_s += PACE_WEIGHT * (slot_s / count_syllables(text) - self._pace_s)
         compute_s = slot_s - ticket.waited_s
         order.compute_s += compute_s
-        self.metrics.slot_wait_s.observe(began - asked + ticket.waited_s)
         self.metrics.compute_s.inc(compute_s)
         self.metrics.rtf.observe(compute_s / chunk.seconds)
         return stretch(chunk, order.speed / options.speed)
@@ -594,6 +598,8 @@ class Speech:
             try:
                 return future.result(timeout=CLIENT_CHECK_S)
             except FutureTimeout:
+                if future.done():
+                    raise  # the engine's own TimeoutError
                 if order.is_gone():
                     raise ClientGone from None
                 if time.monotonic() > deadline:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,21 +100,32 @@ class EmbeddedEngine:
         self._settings = settings
         self._threads = settings.threads or min(4, os.cpu_count() or 1)
         self._runtime = find_runtime() if settings.embedded_runtime == "auto" else settings.embedded_runtime
-        self.slots = 1 if self._runtime == "openvino" else self._threads  # it makes one utterance on all cores
+
+    @property
+    def slots(self) -> int:
+        """OpenVINO makes one utterance on all cores."""
+        return 1 if self._runtime == "openvino" else self._threads
 
     def load(self) -> None:
         """Load the weights and the pronunciation data."""
-        from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
-
-        open_on = partial(EmbeddedVoice, self._threads, self._settings.lexicon, self._settings.cache_dir)
         try:
-            self._voice = open_on(self._runtime)
+            self._voice = self._open()
         except Exception:
             if self._settings.embedded_runtime != "auto" or self._runtime == "onnxruntime":
                 raise
             log.exception("OpenVINO does not work here; the embedded voice speaks on onnxruntime")
             self._runtime = "onnxruntime"
-            self._voice = open_on(self._runtime)
+            self._voice = self._open()
+
+    def _open(self) -> Any:
+        """Return the voice once it has spoken: OpenVINO compiles its kernels only then. Raises RuntimeError."""
+        from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
+
+        voice = EmbeddedVoice(self._threads, self._settings.lexicon, self._settings.cache_dir, self._runtime)
+        spoken = voice.speak("Ready.", "am_onyx")
+        if not (np.isfinite(spoken).all() and np.abs(spoken).max(initial=0) > QUIET):
+            raise RuntimeError(f"what {self._runtime} makes is no sound")
+        return voice
 
     def check(self, voice: Voice) -> None:
         """Raise ValueError on a style that there is not."""

@@ -27,7 +27,7 @@ class Metrics:
             "speech_slot_wait_seconds", "How long an utterance waited for its turn", buckets=SECONDS, registry=registry
         )
         self.rtf = Histogram(
-            "speech_rtf", "Seconds in a slot over seconds of audio, of an utterance", buckets=RTF, registry=registry
+            "speech_rtf", "Seconds of computing over seconds of audio, of an utterance", buckets=RTF, registry=registry
         )
         self.audio_s = Counter("speech_audio_seconds", "Seconds of audio sent", registry=registry)
         self.compute_s = Counter("speech_compute_seconds", "Seconds that slots spent making audio", registry=registry)

@@ -78,9 +78,17 @@ class Slots:
         self._lines: list[Line] = []  # those with work waiting, the longest waiting first
         self._idle = 0  # slots with nothing to do, the one more aside
         self._level = 0.0  # what the one served last had been given
-        for number in range(count + 1):
-            extra = number == count
-            threading.Thread(target=self._serve, args=(extra,), name=f"slot-{number}", daemon=True).start()
+        self._open(extra=True)
+        self.add(count)
+
+    def add(self, count: int) -> None:
+        """Have so many slots more."""
+        for _ in range(count):
+            self._open(extra=False)
+
+    def _open(self, extra: bool) -> None:
+        name = "one more slot" if extra else "slot"
+        threading.Thread(target=self._serve, args=(extra,), name=name, daemon=True).start()
 
     def submit(self, line: Line, size: float, do: Callable[[], Any]) -> Future:
         """Put work at the end of a request's line; the future answers once a slot has done it."""
@@ -165,7 +173,7 @@ class Jobs:
     def holds(self, key: Hashable) -> bool:
         """Tell whether an utterance is in the cache."""
         with self._lock:
-            return key in self._cache
+            return self._cache.get(key) is not None  # asked for, so that it stays until it is claimed
 
     def claim(self, key: Hashable, line: Line, size: float, make: Callable[[Ticket], Any]) -> Claim:
         """Have an utterance made in a slot, or share it; with a key of None it is made for this claim alone.

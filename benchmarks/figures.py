@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import socket
 import sys
 import threading
@@ -16,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
-from urllib.request import urlopen
 
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
 from client import Run, Target, ask, closed_loop, connect, speak
@@ -85,16 +83,9 @@ def drain(response: http.client.HTTPResponse) -> None:
             pass
 
 
-def await_idle(target: Target) -> None:
-    """Wait until the server has nothing in hand, of an answer given up neither, then have it speak once."""
-    while json.loads(urlopen(f"{target.url}/health", timeout=5).read())["requests"]:
-        time.sleep(0.05)
-    speak(target, PARAGRAPH)
-
-
 def fairness(target: Target, texts: Texts, count: int = 3) -> tuple[Run, Run]:
     """Have 10-character texts spoken alone, then beside a 4,000-character text; return both runs."""
-    await_idle(target)
+    speak(target, PARAGRAPH)  # at its end nothing is left of the answer that the last round gave up
     alone = closed_loop(target, texts.take_many("zh", 10, count), 1)
     with long_request(target, texts.take("zh", 4000)):
         return alone, closed_loop(target, texts.take_many("zh", 10, count), 1)

@@ -19,9 +19,10 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from bench import CASE_HEADER, Case, Result, case_row, growth, run_case
-from client import Run, Target, closed_loop, measured, open_loop, percentile, race, speak, starve, timeline
+from client import Run, Sample, Target, closed_loop, measured, open_loop, percentile, race, speak, starve, timeline
 from cost import REQUEST, Answer
 from figures import long_request
+from peers import OURS, RATIOS, least_lead
 from servers import cpu_s
 from tables import save
 from texts import LANGUAGES, LINES, SHORT_LINES, Texts
@@ -348,3 +349,14 @@ def test_the_same_seed_gives_the_same_texts():
 def test_every_line_has_a_name_in_it_and_ends_a_sentence(language):
     for line in LINES[language] + SHORT_LINES[language]:
         assert "{" in line and line[-1] in ".?!。？！"
+
+
+def test_the_lead_is_over_the_peer_that_is_best_in_that_figure():
+    def runs(audio_s, *totals):
+        return [Run([Sample("", 1, 1, total / audio_s, total, audio_s, 1, 0, 0)], total) for total in totals]
+
+    raced = {OURS: runs(4, 1, 1, 1), "fast": runs(4, 2, 3, 9), "soon": runs(40, 80, 80, 80)}
+    assert least_lead(raced, RATIOS["audio per second"]) == (3, "fast")
+    assert least_lead(raced, RATIOS["first 200 ms sooner"]) == (3, "fast")
+    raced["soon"] = runs(400, 200, 200, 200)
+    assert least_lead(raced, RATIOS["audio per second"]) == (2, "soon")

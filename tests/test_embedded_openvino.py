@@ -1,5 +1,6 @@
 """The decoder for OpenVINO: each rewrite gives the numbers of what it replaces, and every voice the same sound."""
 
+import os
 import threading
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ from test_embedded_graph import model_of, quantised_convolution
 import embedded_openvino
 import embedded_voice
 import engines
+from app import Speech
 from embedded_graph import attributes_of, split
 from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, for_openvino, read_ranges
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
@@ -235,6 +237,31 @@ def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked
         EmbeddedEngine(Settings(embedded_runtime="openvino")).load()
 
 
+@pytest.mark.parametrize("samples", [None, np.full(9_000, np.nan, np.float32), np.zeros(9_000, np.float32)])
+def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slots(able_cpu, monkeypatch, samples):
+    class Broken:
+        def __init__(self, *arguments):
+            pass
+
+        def run(self, *arguments, **options):
+            if samples is None:
+                raise RuntimeError("could not create a primitive")
+            return samples
+
+    monkeypatch.setitem(embedded_voice.DECODERS, "openvino", Broken)
+    threads_before = threading.enumerate()
+    speech = Speech(Settings(threads=3), EmbeddedEngine(Settings(threads=3)))
+    assert speech.slots == 1
+    speech.load()
+    assert speech.engine.report() == {"runtime": "onnxruntime"}
+    assert speech.slots == 3
+    assert sum(thread.name == "slot" for thread in threading.enumerate() if thread not in threads_before) == 3
+
+
+def test_it_goes_without_amx():
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"  # in whose int8 kernels no length is met again
+
+
 def test_a_ticket_tells_how_long_its_turn_was_waited_for(runtimes):
     voice = runtimes[1]
     alone, waiting = Ticket(), Ticket()
@@ -245,7 +272,7 @@ def test_a_ticket_tells_how_long_its_turn_was_waited_for(runtimes):
         speaking.join(1)
         assert speaking.is_alive()
     speaking.join(30)
-    assert alone.waited_s < 0.1 and 0.5 < waiting.waited_s < 1.1
+    assert 0 < 10 * alone.waited_s < waiting.waited_s
 
 
 def test_what_is_given_up_as_it_begins_is_cancelled_and_no_fault(runtimes):

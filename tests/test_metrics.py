@@ -43,13 +43,15 @@ def test_audio_first_audio_and_rtf_are_told(client):
     assert figure(client, "process_resident_memory_bytes") > 1e6
 
 
-def test_an_engines_failure_is_counted(client, engine):
+@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("the engine's own")])
+def test_an_engines_failure_is_counted(client, engine, error):
     def fail(text, options):
-        raise ValueError("no")
+        raise error
 
     engine.script = fail
     assert say(client).status_code == 500
     assert figure(client, "speech_errors_total", code="fault") == 1
+    assert figure(client, "speech_slot_wait_seconds_count") == 1
 
 
 def test_a_repeated_request_comes_from_the_cache_and_says_so(client, engine):
@@ -118,8 +120,9 @@ def test_what_waits_for_a_slot_is_told(app, client, engine):
 
 def test_an_utterance_that_waits_in_the_engine_for_its_turn_is_not_being_made(client, engine):
     def wait(text, options):
+        began = time.perf_counter()
         time.sleep(0.5)
-        options.ticket.waited_s += 0.5
+        options.ticket.waited_s += time.perf_counter() - began
 
     engine.script = wait
     say(client)

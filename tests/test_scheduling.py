@@ -82,7 +82,7 @@ def test_the_slot_for_new_requests_is_left_alone_while_another_is_free():
     for _ in range(20):
         slots.submit(Line(), 1, lambda: names.append(threading.current_thread().name)).result(5)
         wait_until(lambda: slots._idle)
-    assert set(names) == {"slot-0"}
+    assert set(names) == {"slot"}
 
 
 def wait_until(condition):
