@@ -187,11 +187,12 @@ def test_long_texts_at_once_leave_no_memory_with_the_encoder(voice, monkeypatch)
             return np.zeros(1, np.float32)
 
     monkeypatch.setattr(voice._network, "_decoder", Decoder())
-    voice.speak("The boats lay still.", "am_onyx")
+    long = "The boats lay still in the harbour, " * 14
+    voice.speak(long, "am_onyx")
     before = resident_mb()
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda text: voice.speak(text, "am_onyx"), ["The boats lay still in the harbour, " * 14] * 3))
-    assert resident_mb() - before < 60
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda text: voice.speak(text, "am_onyx"), [long] * 6))
+    assert resident_mb() - before < 50
 
 
 def test_the_memory_of_a_short_utterance_is_kept_for_the_next_one(voice, monkeypatch):
