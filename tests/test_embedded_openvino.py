@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from test_embedded_graph import model_of, quantised_convolution
 
 import embedded_openvino
@@ -92,24 +92,14 @@ def test_an_integer_product_is_one_of_the_numbers_that_its_weights_stand_for():
 @pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
 def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
     monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
-    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
+    # Without VNNI a CPU adds each two products in 16 bits: at random, unlike the network's, 127 steps would overflow.
+    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48, steps=63)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
     assert ("QuantizeLinear" in operators(rewritten)) == quantised
     exact = run(ForOpenVINO(model, None).result(), signal)
     for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
-
-
-def test_two_products_fit_into_16_bits_which_is_where_avx2_adds_them():
-    model = onnx.load_from_string(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    scaled = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    kernels = [arrays[name] for name in scaled if name in arrays]
-    assert len(kernels) > 60
-    for kernel in kernels:
-        for half in (kernel.clip(min=0).astype(int), kernel.clip(max=0).astype(int)):
-            assert np.abs(half[:, ::2] + half[:, 1::2]).max() <= 129  # 128, and both of them rounded up
 
 
 @pytest.mark.parametrize(("kernel", "pads"), [(1, (0, 0)), (3, (1, 1)), (4, (2, 1)), (1, (1, 0))])
@@ -201,6 +191,18 @@ def test_a_voice_sounds_alike_on_both_runtimes(runtimes, voice, language):
     assert 20 * np.log10(np.std(fast) / np.std(plain)) == pytest.approx(0, abs=0.3)
     (one, power), (other, _) = bands(plain), bands(fast)
     assert np.abs(one - other)[power > power.max() - 35].mean() < 2  # dB
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_the_noise_of_int8_is_low(runtimes, language, monkeypatch):
+    """Against float32: 14 to 20 dB down, with VNNI and without."""
+    given, decoder = [], runtimes[1]._network._decoder
+    monkeypatch.setattr(decoder, "run", lambda features, *_, **__: given.append(features) or np.zeros(1, np.float32))
+    runtimes[1].speak(TEXTS[language], getattr(VOICES[0].embedded, language))
+    monkeypatch.undo()
+    exact = run(ForOpenVINO(split(read_weights())[1], None).result(), given[0]).ravel()
+    noise = decoder.run(given[0], Ticket(), keep=True) - exact
+    assert 20 * np.log10(np.std(exact) / np.std(noise)) > 12
 
 
 def bands(samples, count=40):
