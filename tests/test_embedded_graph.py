@@ -25,11 +25,11 @@ def model_of(nodes, constants, channels):
     return model.SerializeToString()
 
 
-def quantised_convolution(kernel, stride=1, dilation=1, pads=(0, 0), channels=16, outputs=32, biased=False, steps=127):
+def quantised_convolution(kernel, stride=1, dilation=1, pads=(0, 0), channels=16, outputs=32, biased=False):
     """A ConvInteger in the form that onnxruntime's dynamic quantisation writes, with random weights."""
     rng = np.random.default_rng(kernel)
     constants = {
-        "w": rng.integers(127 - steps, 128 + steps, (outputs, channels, kernel)).astype(np.uint8),
+        "w": rng.integers(0, 255, (outputs, channels, kernel)).astype(np.uint8),
         "wz": np.array(128, np.uint8),
         "ws": np.array(0.01, np.float32),
     }

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from test_embedded_graph import model_of, quantised_convolution
 
 import embedded_openvino
@@ -92,14 +92,27 @@ def test_an_integer_product_is_one_of_the_numbers_that_its_weights_stand_for():
 @pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
 def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
     monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
-    # Without VNNI a CPU adds each two products in 16 bits: at random, unlike the network's, 127 steps would overflow.
-    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48, steps=63)
+    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
     assert ("QuantizeLinear" in operators(rewritten)) == quantised
     exact = run(ForOpenVINO(model, None).result(), signal)
     for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_the_cpu_adds_two_products_in_16_bits_neighbouring_weights_are_smaller(exact, monkeypatch):
+    monkeypatch.setattr(embedded_openvino, "signed_products_are_exact", lambda: exact)
+    model = onnx.load_from_string(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    scaled = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    kernels = [arrays[name].astype(int) for name in scaled if name in arrays]
+    assert len(kernels) > 60
+    halves = [half for kernel in kernels for half in (kernel.clip(min=0), kernel.clip(max=0))]
+    most = max(np.abs(half[:, ::2] + half[:, 1::2]).max() for half in halves)
+    assert (most > 200) if exact else (120 < most <= 128)  # times 255 is within 16 bits
+    assert max(np.abs(kernel).max() for kernel in kernels) == 127
 
 
 @pytest.mark.parametrize(("kernel", "pads"), [(1, (0, 0)), (3, (1, 1)), (4, (2, 1)), (1, (1, 0))])
@@ -213,7 +226,7 @@ def bands(samples, count=40):
 
 
 def test_the_runtime_is_chosen_by_the_cpu(tmp_path, monkeypatch):
-    for flags, runtime in {"avx avx2 avx512_vnni": "openvino", "avx avx2": "openvino", "avx": "onnxruntime"}.items():
+    for flags, runtime in {"avx2 avx512_vnni amx_int8": "openvino", "avx2": "onnxruntime"}.items():
         (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
         monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
         assert find_runtime() == runtime
@@ -227,7 +240,7 @@ def test_the_runtime_is_chosen_by_the_cpu(tmp_path, monkeypatch):
 @pytest.fixture
 def able_cpu(tmp_path, monkeypatch):
     """A CPU on which OpenVINO would be chosen."""
-    (tmp_path / "cpuinfo").write_text("flags\t\t: avx2\n")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: avx512_vnni\n")
     monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
 
 
