@@ -131,12 +131,9 @@ class OnnxDecoder:
 
     def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
         """Return the samples [n]; onnxruntime raises where it is cancelled."""
-        options = onnxruntime.RunOptions()
-        ticket.on_cancel(lambda: setattr(options, "terminate", True))
         with self._session() as session:
-            if not keep or session is self._on_one:  # which may run several at once, and would keep what they all took
-                give_memory_back(options)
-            return session.run(None, features, options)[0].ravel()
+            keep = keep and session is self._on_all  # the other may run several at once, and would keep what all took
+            return session.run(None, features, run_options(ticket, keep=keep))[0].ravel()
 
     @contextmanager
     def _session(self) -> Iterator[onnxruntime.InferenceSession]:
@@ -168,9 +165,7 @@ class Network:
 
     def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
-        options = onnxruntime.RunOptions()
-        if inputs["tokens"].size > KEPT_TOKENS:
-            give_memory_back(options)
+        options = run_options(ticket, keep=inputs["tokens"].size <= KEPT_TOKENS)
         spoken = without_silence(*self._encoder.run(None, inputs, options))
         features = {**dict(zip(FEATURES, spoken, strict=True)), "style": inputs["style"]}
         keep = spoken[0].shape[2] <= KEPT_FRAMES
@@ -238,8 +233,7 @@ class EmbeddedVoice:
         parts = []
         for tokens in self._token_runs(self._g2p(text)):
             try:
-                if not ticket.cancelled:
-                    parts.append(self._run(tokens, table, speed, ticket))
+                parts.append(self._run(tokens, table, speed, ticket))
             except Exception:  # neither runtime has an exception of its own for this
                 if not ticket.cancelled:
                     raise
@@ -285,6 +279,10 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def give_memory_back(options: onnxruntime.RunOptions) -> None:
-    """Have a run end with what it took given back to the C library."""
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+def run_options(ticket: Ticket, *, keep: bool) -> onnxruntime.RunOptions:
+    """Return how one run goes: it fails where the ticket is cancelled, and unless told to keep it gives memory back."""
+    options = onnxruntime.RunOptions()
+    ticket.on_cancel(lambda: setattr(options, "terminate", True))
+    if not keep:  # to the C library
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
