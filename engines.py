@@ -123,8 +123,8 @@ class EmbeddedEngine:
 
         voice = EmbeddedVoice(self._threads, self._settings.lexicon, self._settings.cache_dir, self._runtime)
         spoken = voice.speak("Ready.", "am_onyx")
-        if not (np.isfinite(spoken).all() and np.abs(spoken).max(initial=0) > QUIET):
-            raise RuntimeError(f"what {self._runtime} makes is no sound")
+        if not is_speech(spoken):
+            raise RuntimeError(f"what {self._runtime} makes is not speech")
         return voice
 
     def check(self, voice: Voice) -> None:
@@ -347,6 +347,13 @@ def find_engine(settings: Settings) -> str:
         return "omni"
     needed = (checkout / "indextts" / "infer_vllm_v2.py", checkout / settings.model_dir / "config.yaml")
     return "indextts" if all(path.is_file() for path in needed) else "embedded"
+
+
+def is_speech(samples: np.ndarray) -> bool:
+    """Tell a word from silence, from what is no number and from noise, half of whose samples change their sign."""
+    if not (np.isfinite(samples).all() and np.abs(samples).max(initial=0) > QUIET):
+        return False
+    return bool(np.mean(samples[1:] * samples[:-1] < 0) < 0.25)
 
 
 def find_runtime() -> str:

@@ -263,7 +263,10 @@ def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked
         EmbeddedEngine(Settings(embedded_runtime="openvino")).load()
 
 
-@pytest.mark.parametrize("samples", [None, np.full(9_000, np.nan, np.float32), np.zeros(9_000, np.float32)])
+NOISE = np.random.default_rng(9).normal(scale=0.1, size=9_000)
+
+
+@pytest.mark.parametrize("samples", [None, np.full(9_000, np.nan), np.zeros(9_000), NOISE])
 def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slots(able_cpu, monkeypatch, samples):
     class Broken:
         def __init__(self, *arguments):
