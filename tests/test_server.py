@@ -220,7 +220,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_second_and_its_slot(serve
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
     assert wait_for_requests(server, 0, 5) < 1
-    deadline = time.monotonic() + 20  # OpenVINO finishes the utterance that it is at
+    deadline = time.monotonic() + 60  # OpenVINO finishes the utterance that it is at
     while b"\nspeech_slots_busy 0.0\n" not in server.get("/metrics")[2]:
         assert time.monotonic() < deadline, "its slot is taken still"
         time.sleep(0.1)
