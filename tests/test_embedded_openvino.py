@@ -1,5 +1,6 @@
 """The decoder for OpenVINO: each rewrite gives the numbers of what it replaces, and every voice the same sound."""
 
+import importlib
 import os
 import threading
 from contextlib import suppress
@@ -16,7 +17,7 @@ import embedded_voice
 import engines
 from app import Speech
 from embedded_graph import attributes_of, split
-from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, for_openvino, read_ranges
+from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, Range, for_openvino, read_ranges
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
@@ -94,7 +95,7 @@ def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeyp
     monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
     model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
-    rewritten = ForOpenVINO(model, {"x": (float(signal.min()), float(signal.max()))}).result()
+    rewritten = ForOpenVINO(model, {"x": Range(signal.min(), signal.max(), np.ones(32))}).result()
     assert ("QuantizeLinear" in operators(rewritten)) == quantised
     exact = run(ForOpenVINO(model, None).result(), signal)
     for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
@@ -106,9 +107,10 @@ def test_where_the_cpu_adds_two_products_in_16_bits_neighbouring_weights_are_sma
     monkeypatch.setattr(embedded_openvino, "signed_products_are_exact", lambda: exact)
     model = onnx.load_from_string(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    scaled = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    kernels = [arrays[name].astype(int) for name in scaled if name in arrays]
-    assert len(kernels) > 60
+    maker = {node.output[0]: node for node in model.graph.node}
+    weights = [maker.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
+    kernels = [arrays[scaled.input[0]].astype(int) for scaled in weights if scaled]
+    assert len(kernels) > 40
     halves = [half for kernel in kernels for half in (kernel.clip(min=0), kernel.clip(max=0))]
     most = max(np.abs(half[:, ::2] + half[:, 1::2]).max() for half in halves)
     assert (most > 200) if exact else (120 < most <= 128)  # times 255 is within 16 bits
@@ -119,7 +121,7 @@ def test_where_the_cpu_adds_two_products_in_16_bits_neighbouring_weights_are_sma
 def test_a_product_of_frames_side_by_side_is_the_convolution(kernel, pads, monkeypatch):
     model = quantised_convolution(kernel, pads=pads, channels=32, outputs=64)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
-    product = ForOpenVINO(model, {"x": (-4.0, 4.0)}).result()
+    product = ForOpenVINO(model, {"x": Range(-4.0, 4.0, np.ones(32))}).result()
     assert "Conv" not in operators(product)
     monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
     exact = run(ForOpenVINO(model, None).result(), signal)
@@ -156,37 +158,69 @@ def test_the_chain_is_the_sine_squared(scale):
 
 
 @pytest.mark.parametrize("stride", [10, 6])
-def test_a_transposed_convolution_is_a_convolution_and_a_transposition(stride):
+def test_a_transposed_convolution_is_a_product_and_a_transposition(stride):
     rng = np.random.default_rng(stride)
     constants = {
-        "w": rng.normal(size=(16, 8, 2 * stride)).astype(np.float32),
-        "b": rng.normal(size=8).astype(np.float32),
+        "w": rng.normal(size=(64, 32, 2 * stride)).astype(np.float32),
+        "b": rng.normal(size=32).astype(np.float32),
     }
     node = helper.make_node(
         "ConvTranspose", ["x", "w", "b"], ["y"],
         kernel_shape=[2 * stride], strides=[stride], pads=[stride // 2] * 2, dilations=[1], group=1,
     )  # fmt: skip
-    model = model_of([node], constants, 16)
-    rewritten = ForOpenVINO(model, None).result()
-    assert "ConvTranspose" not in operators(rewritten)
-    x = rng.normal(size=(1, 16, 23)).astype(np.float32)
-    assert np.allclose(run(model, x), run(rewritten, x), atol=1e-4)
+    model = model_of([node], constants, 64)
+    rewritten, int8 = (ForOpenVINO(model, ranges).result() for ranges in (None, {"another": Range(0, 1, np.ones(64))}))
+    assert "MatMul" in operators(rewritten) and operators(rewritten).isdisjoint({"ConvTranspose", "Conv"})
+    assert "DequantizeLinear" in operators(int8)
+    x = rng.normal(size=(1, 64, 23)).astype(np.float32)
+    exact = run(model, x)
+    assert np.allclose(exact, run(rewritten, x), atol=1e-3)
+    for result in (run(int8, x), run_in_openvino(int8, x)):
+        assert np.sqrt(np.mean((result - exact) ** 2)) < 0.015 * exact.std()
 
 
 def test_every_range_is_of_a_tensor_that_is_quantised():
     surgery = ForOpenVINO(split(read_weights())[1], None)
     surgery.result()
     assert set(surgery.quantised) == set(read_ranges())
-    assert all(low <= 0 < high for low, high in read_ranges().values())
+    assert all(low <= 0 < high and min(sizes) > 0 and max(sizes) == 1 for low, high, sizes in read_ranges().values())
     left = operators(for_openvino(split(read_weights())[1]))
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
 
 
-def test_the_ranges_are_measured_on_what_the_decoder_is_given(monkeypatch):
+@pytest.fixture
+def measure_ranges(monkeypatch):
+    """The tool beside the ranges."""
     monkeypatch.syspath_prepend(RANGES.parent)
-    import measure_ranges
+    return importlib.import_module("measure_ranges")
 
+
+def test_the_ranges_are_measured_on_what_the_decoder_is_given(measure_ranges):
     assert set(next(measure_ranges.features())) == set(INPUTS)
+
+
+def test_a_low_channel_is_not_lost_in_the_steps_of_a_loud_one(measure_ranges, monkeypatch):
+    """Every other is a twentieth as loud, and weighs twenty times as much."""
+    monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
+    rng = np.random.default_rng(5)
+    signal = rng.normal(size=(1, 32, 400)).astype(np.float32)
+    weights = rng.integers(-120, 120, (64, 32, 3))
+    signal[:, ::2] /= 20
+    weights[:, 1::2] //= 20
+    model = onnx.load_from_string(quantised_convolution(3, channels=32, outputs=64))
+    [old] = [tensor for tensor in model.graph.initializer if tensor.name == "w"]
+    old.CopyFrom(numpy_helper.from_array((weights + 128).astype(np.uint8), "w"))
+    model = model.SerializeToString()
+    exact = run(ForOpenVINO(model, None).result(), signal)
+
+    def noise(within):
+        made = run_in_openvino(ForOpenVINO(model, {"x": within}).result(), signal)
+        return np.std(made - exact) / np.std(exact)
+
+    found = measure_ranges.best_range(signal[0])
+    assert noise(Range(signal.min(), signal.max(), np.ones(32))) > 0.05
+    assert noise(found) < 0.02
+    assert found.sizes[::2].max() < 0.2 < found.sizes[1::2].min()
 
 
 @pytest.fixture(scope="module")
@@ -208,14 +242,14 @@ def test_a_voice_sounds_alike_on_both_runtimes(runtimes, voice, language):
 
 @pytest.mark.parametrize("language", TEXTS)
 def test_the_noise_of_int8_is_low(runtimes, language, monkeypatch):
-    """Against float32: 16 dB down as a rule, in one of 22 utterances 11, on a CPU without VNNI."""
+    """Against float32 on onnxruntime: with AVX2 alone 18.6 to 19.8 dB down; 14.1 to 16.1 with a range for a tensor."""
     given, decoder = [], runtimes[1]._network._decoder
     monkeypatch.setattr(decoder, "run", lambda features, *_, **__: given.append(features) or np.zeros(1, np.float32))
     runtimes[1].speak(TEXTS[language], getattr(VOICES[0].embedded, language))
     monkeypatch.undo()
     exact = run(ForOpenVINO(split(read_weights())[1], None).result(), given[0]).ravel()
     noise = decoder.run(given[0], Ticket(), keep=True) - exact
-    assert 20 * np.log10(np.std(exact) / np.std(noise)) > 12
+    assert 20 * np.log10(np.std(exact) / np.std(noise)) > 16
 
 
 def bands(samples, count=40):
