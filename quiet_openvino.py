@@ -5,9 +5,13 @@ Import it from here, never directly.
 
 import os
 import sys
+from pathlib import Path
 
 sys.modules["openvino_telemetry"] = None  # importing it fails then, and OpenVINO takes the stub that it brings along
 # With AMX, OpenVINO's int8 kernels are made anew for each length, at 4.5 CPU seconds and 4 GB: so it goes without AMX.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+# Not on CPUs with AVX2 alone, where the limit would shut out AVX-VNNI.
+CPU_INFO = Path("/proc/cpuinfo")
+if CPU_INFO.is_file() and " avx512_vnni" in CPU_INFO.read_text():
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
 
 import openvino  # noqa: E402, F401

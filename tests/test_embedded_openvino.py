@@ -4,6 +4,7 @@ import importlib
 import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from test_embedded_graph import model_of, quantised_convolution
 import embedded_openvino
 import embedded_voice
 import engines
+import quiet_openvino
 from app import Speech
 from embedded_graph import attributes_of, split
 from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, Range, for_openvino, read_ranges
@@ -321,8 +323,13 @@ def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slot
     assert sum(thread.name == "slot" for thread in threading.enumerate() if thread not in threads_before) == 3
 
 
-def test_it_goes_without_amx():
-    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_VNNI"  # in whose int8 kernels no length is met again
+@pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])
+def test_it_goes_without_amx_and_with_all_else(flags, most, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags : fpu {flags}")
+    importlib.reload(quiet_openvino)
+    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == most
 
 
 def test_a_ticket_tells_how_long_its_turn_was_waited_for(runtimes):
