@@ -357,9 +357,9 @@ def is_speech(samples: np.ndarray) -> bool:
 
 
 def find_runtime() -> str:
-    """Return openvino where it is installed and the CPU multiplies int8 in AVX-512, else onnxruntime.
+    """Return openvino where it is installed and the CPU has AVX2, else onnxruntime.
 
-    Elsewhere OpenVINO is not known to be faster, or right.
+    Elsewhere, as on ARM, OpenVINO is not known to be faster, or right.
     """
-    multiplies = CPU_INFO.is_file() and " avx512_vnni" in CPU_INFO.read_text()
+    multiplies = CPU_INFO.is_file() and " avx2" in CPU_INFO.read_text()
     return "openvino" if multiplies and importlib.util.find_spec("openvino") else "onnxruntime"
