@@ -16,7 +16,7 @@ from audio import QUIET, AudioChunk, level
 from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
 from scheduling import Ticket
-from settings import HERE, Settings
+from settings import HERE, Settings, cpu_has
 from utterances import FULL_SYLLABLES, count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 from voices import Voice
@@ -328,7 +328,6 @@ ENGINES: dict[str, Callable[[Settings], Engine]] = {
     "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts, slots=4),
     "embedded": EmbeddedEngine,
 }
-CPU_INFO = Path("/proc/cpuinfo")
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
 
 
@@ -361,5 +360,4 @@ def find_runtime() -> str:
 
     Elsewhere, as on ARM, OpenVINO is not known to be faster, or right.
     """
-    multiplies = CPU_INFO.is_file() and " avx2" in CPU_INFO.read_text()
-    return "openvino" if multiplies and importlib.util.find_spec("openvino") else "onnxruntime"
+    return "openvino" if cpu_has("avx2") and importlib.util.find_spec("openvino") else "onnxruntime"

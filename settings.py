@@ -12,7 +12,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 HERE = Path(__file__).resolve().parent
+CPU_INFO = Path("/proc/cpuinfo")
 log = logging.getLogger("speech")
+
+
+def cpu_has(flag: str) -> bool:
+    """Tell whether Linux lists a flag of the CPU, as avx2; elsewhere none is known."""
+    return CPU_INFO.is_file() and flag in CPU_INFO.read_text().split()
 
 
 def split_list(value: object) -> object:

@@ -4,7 +4,6 @@ import importlib
 import os
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ import embedded_openvino
 import embedded_voice
 import engines
 import quiet_openvino
+import settings
 from app import Speech
 from embedded_graph import attributes_of, split
 from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, Range, for_openvino, read_ranges
@@ -264,11 +264,11 @@ def bands(samples, count=40):
 def test_the_runtime_is_chosen_by_the_cpu(tmp_path, monkeypatch):
     for flags, runtime in {"avx avx2 avx512_vnni": "openvino", "avx avx2": "openvino", "avx": "onnxruntime"}.items():
         (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
-        monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(settings, "CPU_INFO", tmp_path / "cpuinfo")
         assert find_runtime() == runtime
         assert EmbeddedEngine(Settings()).report() == {"runtime": runtime}
     assert EmbeddedEngine(Settings(embedded_runtime="openvino", threads=3)).slots == 1
-    monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "none")  # another system's
+    monkeypatch.setattr(settings, "CPU_INFO", tmp_path / "none")  # another system's
     assert find_runtime() == "onnxruntime"
     assert EmbeddedEngine(Settings(threads=3)).slots == 3
 
@@ -277,7 +277,7 @@ def test_the_runtime_is_chosen_by_the_cpu(tmp_path, monkeypatch):
 def able_cpu(tmp_path, monkeypatch):
     """A CPU on which OpenVINO would be chosen."""
     (tmp_path / "cpuinfo").write_text("flags\t\t: avx2\n")
-    monkeypatch.setattr(engines, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(settings, "CPU_INFO", tmp_path / "cpuinfo")
 
 
 def test_without_openvino_onnxruntime_is_chosen(able_cpu, monkeypatch):
@@ -324,10 +324,11 @@ def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slot
 
 
 @pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])
-def test_it_goes_without_amx_and_with_all_else(flags, most, monkeypatch):
+def test_it_goes_without_amx_and_with_all_else(flags, most, tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(Path, "read_text", lambda path: f"flags : fpu {flags}")
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(settings, "CPU_INFO", tmp_path / "cpuinfo")
     importlib.reload(quiet_openvino)
     assert os.environ.get("ONEDNN_MAX_CPU_ISA") == most
 
