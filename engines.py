@@ -328,6 +328,7 @@ ENGINES: dict[str, Callable[[Settings], Engine]] = {
     "indextts": lambda s: VllmEngine("indextts", s, s.model_dir.name, create_indextts, slots=4),
     "embedded": EmbeddedEngine,
 }
+LOUDEST = 2.0  # of what a voice says before it is levelled
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter is WSL's
 
 
@@ -349,10 +350,9 @@ def find_engine(settings: Settings) -> str:
 
 
 def is_speech(samples: np.ndarray) -> bool:
-    """Tell a word from silence, from what is no number and from noise, half of whose samples change their sign."""
-    if not (np.isfinite(samples).all() and np.abs(samples).max(initial=0) > QUIET):
-        return False
-    return bool(np.mean(samples[1:] * samples[:-1] < 0) < 0.25)
+    """Tell the word Ready (0.08 changes of sign a sample, peak 0.5) from silence, a hum, noise and no numbers."""
+    changes = np.mean(np.signbit(samples[1:]) != np.signbit(samples[:-1])) if len(samples) > 1 else 0
+    return bool(QUIET < np.abs(samples).max(initial=0) < LOUDEST and 0.02 < changes < 0.25)
 
 
 def find_runtime() -> str:

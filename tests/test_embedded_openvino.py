@@ -300,9 +300,20 @@ def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked
 
 
 NOISE = np.random.default_rng(9).normal(scale=0.1, size=9_000)
+HUM, TONE = (np.sin(2 * np.pi * hertz / 24_000 * np.arange(9_000)) for hertz in (50, 500))
+NO_SPEECH = {
+    "fails": None,
+    "none": np.zeros(0),
+    "no number": np.full(9_000, np.nan),
+    "silent": np.zeros(9_000),
+    "constant": np.full(9_000, 0.1),
+    "noise": NOISE,
+    "hum": 0.1 * HUM,
+    "too loud": 10 * TONE,
+}
 
 
-@pytest.mark.parametrize("samples", [None, np.full(9_000, np.nan), np.zeros(9_000), NOISE])
+@pytest.mark.parametrize("samples", NO_SPEECH.values(), ids=NO_SPEECH)
 def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slots(able_cpu, monkeypatch, samples):
     class Broken:
         def __init__(self, *arguments):
