@@ -355,6 +355,11 @@ class Order:
     audio_s: float = 0.0  # made so far
     compute_s: float = 0.0  # the engine's time for it
 
+    @property
+    def speaker(self) -> str:
+        """What a client and the log are told: the voice's id, or cloned."""
+        return "cloned" if self.reference else self.voice.id
+
 
 class Speech:
     """The service: one engine, its slots, the voices and the requests under way."""
@@ -389,6 +394,10 @@ class Speech:
         made = self.own_voices.all() if self.engine.can_clone else []
         own = [own_voice(each, self._voices.resolve(None)) for each in made]
         return self._voices.model_copy(update={"voices": [*self._voices.voices, *own]})
+
+    def label(self, order: Order) -> str:
+        """Return what the metrics call an order's voice: those that clients make, ever new ones, are one label."""
+        return order.speaker if order.reference or order.voice in self._voices.voices else "own"
 
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
@@ -616,7 +625,7 @@ SECURITY_HEADERS = {
 }
 EXPOSED_HEADERS = [
     "x-request-id", "X-Audio-Duration", "X-Sample-Rate", "X-Engine", "X-Voice", "X-Cache", "X-Ignored-Parameters",
-    "Retry-After",
+    "X-Unspoken", "Retry-After",
 ]  # fmt: skip
 
 
@@ -962,7 +971,7 @@ def answer(
 ) -> Response:
     """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
     fmt = FORMATS[format_name]
-    g.spoken = (order.voice.id, format_name)
+    g.spoken = (speech().label(order), format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
     if not in_one_piece:
@@ -984,7 +993,7 @@ def answer(
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
     response.headers["X-Cache"] = "hit" if order.cached else "miss"
-    response.headers["X-Voice"] = "cloned" if order.reference else order.voice.id
+    response.headers["X-Voice"] = order.speaker
     if order.unspoken:
         response.headers["X-Unspoken"] = quote("".join(dict.fromkeys(order.unspoken))[:32])
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
@@ -1011,7 +1020,7 @@ def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, An
         raise
     finally:
         metrics.audio_s.inc(order.audio_s)
-        environ["speech.voice"] = order.voice.id
+        environ["speech.voice"] = order.speaker
         environ["speech.characters"] = len(order.text)
         if shown := speech_settings.log_text_characters:
             environ["speech.text"] = printable(order.text, shown)

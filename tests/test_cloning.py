@@ -242,11 +242,13 @@ class TestUploads:
 class TestCloning:
     """POST /tts_url_with_cloning."""
 
-    def test_it_speaks_with_the_upload_at_the_rate_of_all_answers(self, cloner, voice):
-        path = upload(cloner).json["server_path"]
+    def test_it_speaks_with_the_upload_at_the_rate_of_all_answers(self, cloner, voice, monkeypatch):
+        path, given, serve = upload(cloner).json["server_path"], [], cloner.application.wsgi_app
+        monkeypatch.setattr(cloner.application, "wsgi_app", lambda *call: given.append(call[0]) or serve(*call))
         response = speak_like(cloner, path, emo_audio_path=path, emo_alpha=0.8)
         assert (response.status_code, response.content_type) == (200, "audio/wav")
-        assert response.headers["X-Voice"] == "cloned"
+        assert response.headers["X-Voice"] == given[0]["speech.voice"] == "cloned", "in the access log, too"
+        assert 'voice="cloned"' in cloner.get("/metrics").text
         with soundfile.SoundFile(io.BytesIO(response.data)) as file:
             assert (file.samplerate, file.channels, file.subtype) == (RATE, 1, "PCM_16")
         [(_, reference, options)] = voice.asked
@@ -300,6 +302,8 @@ class TestOwnVoices:
         asked = {"model": "m", "input": "Hi.", "voice": {"id": made["id"]}}
         assert cloner.post(SPEECH, json=asked).headers["X-Voice"] == made["id"]
         assert len(voice.asked[0][1].samples) == 3 * 24_000
+        figures = cloner.get("/metrics").text
+        assert 'voice="own"' in figures and made["id"] not in figures, "or each voice ever made would stay there"
         gone = cloner.delete(f"{VOICES}/{made['id']}")
         assert gone.json == {"id": made["id"], "object": "audio.voice.deleted", "deleted": True}
         assert len(cloner.get(VOICES).json["voices"]) == 11 and kept(tmp_path, "own") == []
