@@ -29,7 +29,7 @@ INDEXTTS_WEIGHTS := $(CACHE)/indextts-$(SIZE)-$(shell sha256sum tests/indextts/m
 
 .PHONY: help
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 .PHONY: run
 run: install ## install what is missing, then serve on http://127.0.0.1:6006 (HOST, PORT and TTS_* are its settings)
