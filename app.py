@@ -356,7 +356,7 @@ class Order:
     compute_s: float = 0.0  # the engine's time for it
 
     @property
-    def speaker(self) -> str:
+    def public_voice(self) -> str:
         """What a client and the log are told: the voice's id, or cloned."""
         return "cloned" if self.reference else self.voice.id
 
@@ -395,9 +395,9 @@ class Speech:
         own = [own_voice(each, self._voices.resolve(None)) for each in made]
         return self._voices.model_copy(update={"voices": [*self._voices.voices, *own]})
 
-    def label(self, order: Order) -> str:
+    def voice_label(self, order: Order) -> str:
         """Return what the metrics call an order's voice: those that clients make, ever new ones, are one label."""
-        return order.speaker if order.reference or order.voice in self._voices.voices else "own"
+        return order.public_voice if order.reference or order.voice in self._voices.voices else "own"
 
     def start(self) -> None:
         """Load in the background; /health tells how that went."""
@@ -971,7 +971,7 @@ def answer(
 ) -> Response:
     """Speak an order as an HTTP response; what fails before the first bytes still has a status of its own."""
     fmt = FORMATS[format_name]
-    g.spoken = (speech().label(order), format_name)
+    g.spoken = (speech().voice_label(order), format_name)
     whole = stream_format == "audio" and fmt.whole and not stream
     in_one_piece = whole or request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # which cannot tell a cut from an end
     if not in_one_piece:
@@ -993,7 +993,7 @@ def answer(
     response.headers["X-Sample-Rate"] = str(order.sample_rate)
     response.headers["X-Engine"] = speech().engine.name
     response.headers["X-Cache"] = "hit" if order.cached else "miss"
-    response.headers["X-Voice"] = order.speaker
+    response.headers["X-Voice"] = order.public_voice
     if order.unspoken:
         response.headers["X-Unspoken"] = quote("".join(dict.fromkeys(order.unspoken))[:32])
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
@@ -1020,7 +1020,7 @@ def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, An
         raise
     finally:
         metrics.audio_s.inc(order.audio_s)
-        environ["speech.voice"] = order.speaker
+        environ["speech.voice"] = order.public_voice
         environ["speech.characters"] = len(order.text)
         if shown := speech_settings.log_text_characters:
             environ["speech.text"] = printable(order.text, shown)

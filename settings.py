@@ -1,4 +1,4 @@
-"""What an operator can set: the TTS_* variables, read once."""
+"""What an operator can set: the TTS_* variables, read once; and what the CPU can do."""
 
 from __future__ import annotations
 
