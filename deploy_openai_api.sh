@@ -54,7 +54,7 @@ readonly EXIT_UNHEALTHY=1 EXIT_USAGE=2 EXIT_UNCHANGED=3 EXIT_ROLLED_BACK=4 EXIT_
 # read where they are, as an index-tts-vllm folder has its own; scripts are installed and not rolled back.
 readonly RELEASE_FILES=(
   app.py gunicorn.conf.py voices.json assets
-  settings.py errors.py voices.py utterances.py scheduling.py audio.py engines.py
+  settings.py errors.py files.py voices.py utterances.py scheduling.py audio.py engines.py
   access.py metrics.py openapi.py reference_audio.py reference_store.py audio_decoder.py
   embedded_voice.py embedded_g2p.py embedded_graph.py embedded_openvino.py quiet_onnxruntime.py
   quiet_openvino.py

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import threading
 import time
 from functools import lru_cache
@@ -25,6 +24,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from files import remove_unfinished, write_whole
 from reference_audio import BadReference, check_speech, decode
 from vllm_engine import Reference
 
@@ -48,27 +48,6 @@ def to_wav(file: IO[bytes]) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, np.clip(kept, -1, 1), KEPT_RATE, format="WAV", subtype="PCM_16")
     return out.getvalue()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is either there whole or not at all; raise OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(".part", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed server left half written."""
-    for path in folder.glob("*.part"):
-        path.unlink(missing_ok=True)
 
 
 class Uploads:
