@@ -116,7 +116,7 @@ lock: ## pin the newest versions that requirements*.in allow (needs uv)
 
 .PHONY: clean
 clean: ## remove the virtual environment and the caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis benchmarks/results
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis benchmarks/results cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Each install leaves a stamp with the checksum of what it installed and does nothing while that holds.

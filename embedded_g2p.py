@@ -636,13 +636,13 @@ LONG_WORD = re.compile(r"\S{40}(?=\S)")  # hibari's time grows with the cube of 
 
 
 class G2P:
-    """Text to phonemes. Construct once, call from any thread; nothing is written but jieba's cache in cache_dir."""
+    """Text to phonemes. Construct once, call from any thread; no file is written."""
 
-    def __init__(self, lexicon_file: Path | None = None, cache_dir: Path | None = None):
+    def __init__(self, lexicon_file: Path | None = None):
         """Loads everything, so that the first call is as fast as the next; raises LexiconError."""
         self._english = EnglishG2P()
         self._english("zzyzx")  # loads the network for unknown words, which otherwise waits for the first need
-        self._jieba = _load_jieba(cache_dir)
+        self._jieba = _load_jieba()
         self._readings: dict[str, list[str]] = {}  # Han word, or a private character, to its syllables
         self._respellings: dict[str, str] = {}
         for word, reading in load_lexicon(ASSETS / "lexicon.txt").items():
@@ -720,15 +720,10 @@ class G2P:
         return head + self._english(LONG_WORD.sub(r"\g<0> ", body), normalize_text=False) + tail
 
 
-def _load_jieba(cache_dir: Path | None) -> jieba.Tokenizer:
-    """A segmenter of our own with its dictionary loaded; without cache_dir it writes no file."""
+def _load_jieba() -> jieba.Tokenizer:
+    """A segmenter of our own with its dictionary loaded, past jieba's cache: that is no sooner and has no checksum."""
     jieba.setLogLevel(logging.WARNING)
     segmenter = jieba.Tokenizer()
-    if cache_dir:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        segmenter.tmp_dir = str(cache_dir)
-        segmenter.initialize()
-    else:
-        segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
-        segmenter.initialized = True
+    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
+    segmenter.initialized = True
     return segmenter

@@ -1,6 +1,7 @@
 """Rewrite Kokoro's dynamically quantised ONNX graph so that onnxruntime's CPU kernels run it faster; same weights.
 
-split() cuts it in two where all that the sound needs is known, so that silence at its ends need not be made.
+encoder_of() and decoder_of() cut it in two where all that the sound needs is known, so that silence at its ends
+need not be made.
 
 onnxruntime's ConvInteger unfolds its input element by element on one thread and multiplies two unsigned operands,
 for which x86 has no int8 instruction. Here a convolution is a Gather of whole frames and a product with signed
@@ -46,9 +47,14 @@ def unroll_convolutions(model: bytes, signed: bool | None = None) -> bytes:
     return _ForOnnxruntime(model, signed_products_are_exact() if signed is None else signed).result()
 
 
-def split(model: bytes) -> tuple[bytes, bytes]:
-    """Return the serialised encoder, of the model's inputs, and the decoder, of FEATURES and style."""
-    return part(model, outputs=FEATURES), part(model, inputs=FEATURES)
+def encoder_of(model: bytes) -> bytes:
+    """Return the part of a serialised model that makes FEATURES."""
+    return part(model, outputs=FEATURES)
+
+
+def decoder_of(model: bytes) -> bytes:
+    """Return the part of a serialised model that makes sound of FEATURES and style."""
+    return part(model, inputs=FEATURES)
 
 
 def part(model: bytes, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> bytes:

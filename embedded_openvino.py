@@ -12,22 +12,37 @@ on an older CPU, with AVX2 alone, 2.6 instead of 1.8.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
+import os
+import stat
 import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from embedded_graph import FEATURES, SCALE, Surgery, attributes_of, refill
+import embedded_graph
+from embedded_graph import FEATURES, SCALE, Surgery, attributes_of, decoder_of, refill
+from files import write_whole
 from scheduling import Ticket
+from settings import CPU_INFO
+
+if TYPE_CHECKING:
+    import openvino
+
+log = logging.getLogger("speech.embedded")
+Config = dict[str, str | int | bool]  # OpenVINO's settings
 
 RANGES = Path(__file__).resolve().parent / "assets" / "activation_ranges.json"
+SOURCES = Path(__file__), Path(embedded_graph.__file__), RANGES  # of a build, beside the weights
 INPUTS = dict(zip((*FEATURES, "style"), ([1, 512, None], [1, None], [1, None], [1, 256]), strict=True))
 GENERATOR = "/generator/"  # in the names of its tensors: nine tenths of the decoder's work
 MIN_OUTPUTS, MIN_CHANNELS = 64, 22  # a smaller convolution gains nothing from int8 and would lose what it draws
@@ -47,6 +62,7 @@ ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Sqrt", "LeakyRelu", "Q
 # Kernels are compiled for each length anew. Those of some twenty lengths stay, 130 MB: one met again takes 0.85 of the
 # time, and most utterances have one of twenty (embedded_voice.py's STEP_FRAMES).
 KEPT_KERNELS = 1000
+KEPT_BUILDS = 2  # decoders in the cache folder, 72 MB each: this release's, and the one that a rollback goes back to
 DOUBLINGS = 4  # of the angle, from where two terms of the cosine do
 
 
@@ -64,9 +80,7 @@ Ranges = Mapping[str, Range]
 class OpenVINODecoder:
     """Makes samples of features, one utterance at a time on so many cores."""
 
-    def __init__(self, model: bytes, threads: int):
-        from quiet_openvino import openvino  # not needed where the CPU has no use for it
-
+    def __init__(self, model: bytes, threads: int, cache_dir: Path | None = None):
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
@@ -75,8 +89,7 @@ class OpenVINODecoder:
             "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS,
             "ENABLE_CPU_PINNING": False,
         }
-        core = openvino.Core()
-        self._model = core.compile_model(core.read_model(for_openvino(model)), "CPU", settings)
+        self._model = compiled(model, settings, cache_dir)
         self._one_at_a_time = Lock()
 
     def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
@@ -97,6 +110,70 @@ class OpenVINODecoder:
             finally:
                 if not keep:
                     self._model.release_memory()
+
+
+def compiled(model: bytes, settings: Config, cache_dir: Path | None) -> openvino.CompiledModel:
+    """Return a model's decoder ready to run: as a start before kept it, else built, which takes half of a start."""
+    from quiet_openvino import openvino  # not needed where the CPU has no use for it
+
+    core = openvino.Core()
+    file = cache_dir and cache_dir / f"decoder-{fingerprint(model, settings, openvino.__version__)}.openvino"
+    if file and (kept := read_build(file)):
+        with contextlib.suppress(Exception):  # what is not OpenVINO's fails in more than one way
+            decoder = core.import_model(kept, "CPU", settings)
+            log.info("the decoder is the one kept in %s", file)
+            return decoder
+    log.info("building the decoder for this CPU")
+    decoder = core.compile_model(core.read_model(for_openvino(decoder_of(model))), "CPU", settings)
+    if file:
+        keep_build(file, decoder.export_model().getvalue())
+    return decoder
+
+
+def fingerprint(model: bytes, settings: Config, version: str) -> str:
+    """Return a name for all that shapes a build: weights, this code, the settings, OpenVINO's version, the CPU."""
+    cpu = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    cpu = sorted({line for line in cpu if line.startswith(("flags", "model name"))})
+    digest = hashlib.sha256(repr((settings, version, os.environ.get("ONEDNN_MAX_CPU_ISA"), cpu)).encode())
+    for content in (model, *(source.read_bytes() for source in SOURCES)):
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
+
+
+def read_build(file: Path) -> bytes | None:
+    """Return what keep_build() wrote; None where it is not there, not whole, or another user's: it is code to run."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as opened:
+            status = os.fstat(handle)
+            if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            content = opened.read()
+        with contextlib.suppress(OSError):  # a folder that is only to be read
+            os.utime(file)  # the longest unused are removed first
+    except OSError:
+        return None
+    digest, build = content[:32], content[32:]
+    return build if hashlib.sha256(build).digest() == digest else None
+
+
+def keep_build(file: Path, build: bytes) -> None:
+    """Write a build with its checksum in place of the longest unused; where the folder does not take it, say so."""
+    try:
+        others = sorted(file.parent.glob("decoder-*"), key=lambda other: other.stat().st_mtime, reverse=True)
+        for old in others[KEPT_BUILDS - 1 :]:
+            old.unlink(missing_ok=True)
+        write_whole(file, hashlib.sha256(build).digest() + build)
+        log.info("the decoder is kept in %s for the next start", file)
+    except OSError as error:
+        log.warning("the decoder is not kept in %s, so the next start builds it again: %s", file, error)
+
+
+def forget_builds(cache_dir: Path) -> None:
+    """Remove what is kept: it was whole, and yet did not speak."""
+    with contextlib.suppress(OSError):
+        for build in cache_dir.glob("decoder-*"):
+            build.unlink(missing_ok=True)
 
 
 def for_openvino(model: bytes) -> bytes:

@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
-from embedded_graph import FEATURES, split, unroll_convolutions
+from embedded_graph import FEATURES, decoder_of, encoder_of, unroll_convolutions
 from embedded_openvino import OpenVINODecoder
 from quiet_onnxruntime import onnxruntime
 from scheduling import Ticket, give_way
@@ -118,8 +118,8 @@ class OnnxDecoder:
     samples. The second is opened in the background, and until it is there the first does for all.
     """
 
-    def __init__(self, model: bytes, threads: int):
-        model = unroll_convolutions(model)
+    def __init__(self, model: bytes, threads: int, cache_dir: Path | None = None):
+        model = unroll_convolutions(decoder_of(model))
         self._on_all = open_session(model, threads)
         self._on_one: onnxruntime.InferenceSession | None = None
         self._running, self._lock = 0, Lock()
@@ -149,7 +149,7 @@ class OnnxDecoder:
 
 trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)  # the GNU C library has it
 
-DECODERS: dict[Runtime, Callable[[bytes, int], Decoder]] = {
+DECODERS: dict[Runtime, Callable[[bytes, int, Path | None], Decoder]] = {
     "openvino": OpenVINODecoder,
     "onnxruntime": OnnxDecoder,
 }
@@ -158,10 +158,10 @@ DECODERS: dict[Runtime, Callable[[bytes, int], Decoder]] = {
 class Network:
     """The network in its two halves: the encoder makes features of a text, the decoder sound of these."""
 
-    def __init__(self, threads: int, runtime: Runtime):
-        encoder, decoder = split(read_weights())
-        self._encoder = open_session(unroll_convolutions(encoder), threads)
-        self._decoder = DECODERS[runtime](decoder, threads)
+    def __init__(self, threads: int, runtime: Runtime, cache_dir: Path | None):
+        model = read_weights()
+        self._encoder = open_session(unroll_convolutions(encoder_of(model)), threads)
+        self._decoder = DECODERS[runtime](model, threads, cache_dir)
 
     def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
@@ -204,8 +204,8 @@ class EmbeddedVoice:
         runtime: Runtime = "onnxruntime",
     ):
         with ThreadPoolExecutor(1, initializer=give_way) as beside:
-            network = beside.submit(Network, threads, runtime)
-            self._g2p = G2P(lexicon, cache_dir)
+            network = beside.submit(Network, threads, runtime, cache_dir)
+            self._g2p = G2P(lexicon)
             self._network = network.result()
         self._styles = Styles()
         self._vocabulary: dict[str, int] = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))["vocab"]

@@ -119,12 +119,16 @@ class EmbeddedEngine:
 
     def _open(self) -> Any:
         """Return the voice once it has spoken: OpenVINO compiles its kernels only then. Raises RuntimeError."""
-        from embedded_voice import EmbeddedVoice  # the GPU box does without this file and its packages
+        from embedded_openvino import forget_builds  # the GPU box does without these files and their packages
+        from embedded_voice import EmbeddedVoice
 
         voice = EmbeddedVoice(self._threads, self._settings.lexicon, self._settings.cache_dir, self._runtime)
-        spoken = voice.speak("Ready.", "am_onyx")
-        if not is_speech(spoken):
-            raise RuntimeError(f"what {self._runtime} makes is not speech")
+        try:
+            if not is_speech(voice.speak("Ready.", "am_onyx")):
+                raise RuntimeError(f"what {self._runtime} makes is not speech")
+        except Exception:
+            forget_builds(self._settings.cache_dir)
+            raise
         return voice
 
     def check(self, voice: Voice) -> None:

@@ -59,7 +59,7 @@ class Settings:
     max_reference_bytes: Annotated[int, Field(ge=1024)] = 32 << 20
     embedded_runtime: Literal["auto", "openvino", "onnxruntime"] = "auto"  # auto takes the faster one on this CPU
     lexicon: Path | None = None  # pronunciations, word = reading, one a line
-    cache_dir: Path | None = None  # where the embedded engine may keep files; none: it writes nothing
+    cache_dir: Path = HERE / "cache"  # what the embedded engine keeps for its next start
     api_keys: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # comma separated; empty: open
     api_keys_file: Path | None = None  # further keys, one a line; read again whenever it changes
     trusted_proxies: Annotated[tuple[str, ...], BeforeValidator(split_networks)] = ()  # whose X-Forwarded-For holds

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from embedded_graph import split, unroll_convolutions
+from embedded_graph import decoder_of, unroll_convolutions
 from embedded_openvino import RANGES, ForOpenVINO, Range
 from embedded_voice import EmbeddedVoice, open_session, read_weights
 from settings import Settings
@@ -90,7 +90,7 @@ def best_range(sample: np.ndarray) -> Range:
 
 def main() -> None:
     """Measure and write."""
-    _, decoder = split(read_weights())
+    decoder = decoder_of(read_weights())
     surgery = ForOpenVINO(decoder, None)
     surgery.result()
     seen: dict[str, list[np.ndarray]] = {tensor: [] for tensor in surgery.quantised}

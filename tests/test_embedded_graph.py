@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from embedded_graph import FEATURES, part, split, unroll_convolutions
+from embedded_graph import FEATURES, decoder_of, encoder_of, part, unroll_convolutions
 from embedded_voice import ASSETS, Styles, read_weights, session_options
 
 
@@ -130,7 +130,8 @@ def inputs():
 
 def test_the_halves_give_to_the_bit_what_the_whole_gives(inputs):
     model = unroll_convolutions(read_weights())
-    encoder, decoder = (onnxruntime.InferenceSession(half, session_options(2)) for half in split(model))
+    halves = encoder_of(model), decoder_of(model)
+    encoder, decoder = (onnxruntime.InferenceSession(half, session_options(2)) for half in halves)
     features = dict(zip(FEATURES, encoder.run(None, inputs), strict=True))
     assert {value.name for value in decoder.get_inputs()} == {*FEATURES, "style"}
     assert np.array_equal(decoder.run(None, {**features, "style": inputs["style"]})[0], run(model, **inputs))

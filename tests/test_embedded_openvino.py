@@ -18,8 +18,18 @@ import engines
 import quiet_openvino
 import settings
 from app import Speech
-from embedded_graph import attributes_of, split
-from embedded_openvino import INPUTS, RANGES, ChannelsLast, ForOpenVINO, Range, for_openvino, read_ranges
+from embedded_graph import attributes_of, decoder_of
+from embedded_openvino import (
+    INPUTS,
+    RANGES,
+    ChannelsLast,
+    ForOpenVINO,
+    Range,
+    compiled,
+    fingerprint,
+    for_openvino,
+    read_ranges,
+)
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
 from engines import EmbeddedEngine, SynthesisOptions, find_runtime
 from quiet_openvino import openvino
@@ -106,7 +116,7 @@ def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeyp
 
 def test_two_products_of_neighbouring_weights_are_within_16_bits():
     """AVX2 adds them so, and takes the largest number for what is larger."""
-    model = onnx.load_from_string(ForOpenVINO(split(read_weights())[1], read_ranges()).result())
+    model = onnx.load_from_string(ForOpenVINO(decoder_of(read_weights()), read_ranges()).result())
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     maker = {node.output[0]: node for node in model.graph.node}
     weights = [maker.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"]
@@ -131,7 +141,7 @@ def test_a_product_of_frames_side_by_side_is_the_convolution(kernel, pads, monke
 
 
 def test_four_dimensions_change_the_layout_and_not_the_sound():
-    three = ForOpenVINO(split(read_weights())[1], read_ranges()).result()
+    three = ForOpenVINO(decoder_of(read_weights()), read_ranges()).result()
     four = ChannelsLast(three).result()
     rng, frames = np.random.default_rng(4), 40
     voiced = np.full((1, 2 * frames), 120, np.float32), np.zeros((1, 2 * frames), np.float32)
@@ -181,11 +191,11 @@ def test_a_transposed_convolution_is_a_product_and_a_transposition(stride):
 
 
 def test_every_range_is_of_a_tensor_that_is_quantised():
-    surgery = ForOpenVINO(split(read_weights())[1], None)
+    surgery = ForOpenVINO(decoder_of(read_weights()), None)
     surgery.result()
     assert set(surgery.quantised) == set(read_ranges())
     assert all(low <= 0 < high and min(sizes) > 0 and max(sizes) == 1 for low, high, sizes in read_ranges().values())
-    left = operators(for_openvino(split(read_weights())[1]))
+    left = operators(for_openvino(decoder_of(read_weights())))
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
 
 
@@ -248,7 +258,7 @@ def test_the_noise_of_int8_is_low(runtimes, language, monkeypatch):
     monkeypatch.setattr(decoder, "run", lambda features, *_, **__: given.append(features) or np.zeros(1, np.float32))
     runtimes[1].speak(TEXTS[language], getattr(VOICES[0].embedded, language))
     monkeypatch.undo()
-    exact = run(ForOpenVINO(split(read_weights())[1], None).result(), given[0]).ravel()
+    exact = run(ForOpenVINO(decoder_of(read_weights()), None).result(), given[0]).ravel()
     noise = decoder.run(given[0], Ticket(), keep=True) - exact
     assert 20 * np.log10(np.std(exact) / np.std(noise)) > 16
 
@@ -331,6 +341,134 @@ def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slot
     assert speech.engine.report() == {"runtime": "onnxruntime"}
     assert speech.slots == 3
     assert sum(thread.name == "slot" for thread in threading.enumerate() if thread not in threads_before) == 3
+
+
+def test_the_next_start_takes_the_decoder_that_one_before_kept(tmp_path, monkeypatch, runtimes):
+    EmbeddedVoice(runtime="openvino", cache_dir=tmp_path / "cache")
+    monkeypatch.delattr(embedded_openvino, "for_openvino")
+    kept = EmbeddedVoice(runtime="openvino", cache_dir=tmp_path / "cache")
+    for language, text in TEXTS.items():
+        style = getattr(VOICES[0].embedded, language)
+        assert np.array_equal(kept.speak(text, style), runtimes[1].speak(text, style))
+
+
+SMALL = quantised_convolution(3, pads=(1, 1))
+SIGNAL = np.random.default_rng(2).normal(size=(1, 16, 200)).astype(np.float32)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """A small model instead of the decoder; what was built so far is in `build.models`."""
+
+    def for_openvino(model):
+        build.models.append(model)
+        return ForOpenVINO(SMALL, None).result()
+
+    def build(folder, model=b"weights"):
+        return compiled(model, {"INFERENCE_PRECISION_HINT": "f32"}, folder)([SIGNAL])[0]
+
+    build.models = []
+    monkeypatch.setattr(embedded_openvino, "decoder_of", lambda model: model)
+    monkeypatch.setattr(embedded_openvino, "for_openvino", for_openvino)
+    return build
+
+
+def test_a_decoder_is_built_once_for_each_model_and_the_two_used_last_stay(build, tmp_path):
+    (tmp_path / "film.part").touch()
+    (tmp_path / "decoder-killed.part").write_bytes(b"half")
+    sounds = [build(tmp_path, model) for model in (b"a", b"a", b"b", b"a", b"c", b"c", b"a", b"b")]
+    assert build.models == [b"a", b"b", b"c", b"b"]
+    assert all(np.array_equal(sound, sounds[0]) for sound in sounds)
+    assert len(list(tmp_path.glob("decoder-*"))) == embedded_openvino.KEPT_BUILDS
+    assert (tmp_path / "film.part").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"longer than a checksum, but of nothing that was kept"])
+def test_a_kept_decoder_that_is_not_whole_is_built_again(build, tmp_path, damage):
+    sound = build(tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage)
+    assert np.array_equal(build(tmp_path), sound)
+    assert len(build.models) == 2
+    assert len(file.read_bytes()) == len(whole)
+    assert np.array_equal(build(tmp_path), sound)
+    assert len(build.models) == 2
+
+
+def test_a_kept_decoder_that_openvino_does_not_take_is_built_again(build, tmp_path):
+    sound = build(tmp_path)
+    (file,) = tmp_path.iterdir()
+    for other in (b"of another age", whole_but_for_its_header(file)):
+        embedded_openvino.keep_build(file, other)
+        assert np.array_equal(build(tmp_path), sound)
+    assert len(build.models) == 3
+
+
+def whole_but_for_its_header(file):
+    """What OpenVINO made, with letters of its header that are none."""
+    return file.read_bytes()[32:][:30] + b"\xff" * 8 + file.read_bytes()[32:][38:]
+
+
+@pytest.mark.parametrize("belongs", ["another", "anyone", "pipe", "link"])
+def test_a_decoder_that_others_may_have_written_is_not_taken(build, tmp_path, monkeypatch, belongs):
+    build(tmp_path)
+    (file,) = tmp_path.iterdir()
+    if belongs == "another" and os.geteuid() == 0:
+        os.chown(file, 12345, -1)
+    elif belongs == "another":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    elif belongs == "anyone":
+        file.chmod(0o602)
+    else:
+        file.rename(tmp_path / "elsewhere")
+        os.mkfifo(file) if belongs == "pipe" else file.symlink_to(tmp_path / "elsewhere")
+    build(tmp_path)
+    assert len(build.models) == 2
+
+
+CAUSES = {"weights": b"w", "threads": 2, "version": "1", "limit": "AVX2", "cpu": "flags : avx2"}
+SOURCES = dict.fromkeys(("embedded_openvino.py", "embedded_graph.py", "activation_ranges.json"), "what it says")
+
+
+@pytest.mark.parametrize("change", CAUSES | SOURCES)
+def test_a_decoder_that_was_kept_for_other_causes_is_not_taken(change, tmp_path, monkeypatch):
+    causes = CAUSES | SOURCES
+    assert [source.name for source in embedded_openvino.SOURCES] == list(SOURCES)
+    monkeypatch.setattr(embedded_openvino, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(embedded_openvino, "SOURCES", [tmp_path / source for source in SOURCES])
+
+    def name(megahertz=2400):
+        (tmp_path / "cpuinfo").write_text(f"{causes['cpu']}\ncpu MHz : {megahertz}\n")
+        for source in SOURCES:
+            (tmp_path / source).write_text(causes[source])
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", causes["limit"])
+        return fingerprint(causes["weights"], {"INFERENCE_NUM_THREADS": causes["threads"]}, causes["version"])
+
+    before = name()
+    assert name(megahertz=3300) == before
+    causes[change] *= 2
+    assert name() != before
+
+
+def test_where_nothing_can_be_kept_it_is_said_and_it_speaks(build, tmp_path, monkeypatch, caplog):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").touch()
+    sound = build(tmp_path / "file" / "cache")
+    assert "Not a directory" in caplog.text
+    monkeypatch.setattr(embedded_openvino, "write_whole", full)
+    assert np.array_equal(build(tmp_path / "folder"), sound)
+    assert "No space left" in caplog.text
+
+
+def test_a_kept_decoder_that_does_not_speak_is_forgotten(able_cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(EmbeddedVoice, "speak", lambda *_: np.zeros(9_000, np.float32))
+    (tmp_path / "decoder-0123456789abcdef.openvino").touch()
+    with pytest.raises(RuntimeError, match="not speech"):
+        EmbeddedEngine(Settings(cache_dir=tmp_path)).load()
+    assert not list(tmp_path.glob("decoder-*"))
 
 
 @pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])
