@@ -103,7 +103,7 @@ def test_any_path_method_and_headers(client, faults, path, method, headers):
 @pytest.fixture(scope="module")
 def g2p():
     """The real pronunciation."""
-    return G2P(None, None)
+    return G2P()
 
 
 @fuzzed
