@@ -21,7 +21,7 @@ def model_of(nodes, constants, channels):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     return model.SerializeToString()
 
 
@@ -55,6 +55,29 @@ def quantised_convolution(kernel, stride=1, dilation=1, pads=(0, 0), channels=16
     return model_of(nodes, constants, channels)
 
 
+def snake(channels=6):
+    """A snake activation with the norm before it, and a signal for it."""
+    rng = np.random.default_rng(2)
+    alpha = rng.uniform(0.2, 3, (1, channels, 1)).astype(np.float32)
+    constants = {
+        "gain": rng.normal(size=(1, channels, 1)).astype(np.float32),
+        "bias": rng.normal(size=(1, channels, 1)).astype(np.float32),
+        "alpha": alpha,
+        "inverse": 1 / alpha,
+        "two": np.array(2, np.float32),
+        "axes": np.array([2]),
+        "epsilon": np.array(1e-5, np.float32),
+    }
+    steps = """ReduceMean x axes -> mean; Sub x mean -> centred; Mul centred centred -> squared; ReduceMean squared
+        axes -> square; Add square epsilon -> more; Sqrt more -> deviation; Div centred deviation -> unit; Mul unit gain
+        -> scaled; Add scaled bias -> norm; Mul alpha norm -> angle; Sin angle -> sine; Pow sine two -> power;
+        Mul power inverse -> wave; Add norm wave -> y"""
+    nodes = []
+    for kind, *inputs, _, output in map(str.split, steps.split(";")):
+        nodes.append(helper.make_node(kind, inputs, [output], **({"keepdims": 1} if kind == "ReduceMean" else {})))
+    return model_of(nodes, constants, channels), rng.normal(2, 3, size=(1, channels, 300)).astype(np.float32)
+
+
 def run(model, **inputs):
     """The first output of a serialised model."""
     return onnxruntime.InferenceSession(model, session_options(2)).run(None, inputs)[0]
@@ -78,26 +101,7 @@ def test_a_convolution_gives_the_same_numbers(kernel, stride, dilation, pads, bi
 
 
 def test_a_snake_with_its_norm_gives_the_same_numbers():
-    rng, channels = np.random.default_rng(2), 6
-    alpha = rng.uniform(0.2, 3, (1, channels, 1)).astype(np.float32)
-    constants = {
-        "gain": rng.normal(size=(1, channels, 1)).astype(np.float32),
-        "bias": rng.normal(size=(1, channels, 1)).astype(np.float32),
-        "alpha": alpha,
-        "inverse": 1 / alpha,
-        "two": np.array(2, np.float32),
-        "epsilon": np.array(1e-5, np.float32),
-    }
-    steps = """ReduceMean x -> mean; Sub x mean -> centred; Mul centred centred -> squared; ReduceMean squared ->
-        square; Add square epsilon -> more; Sqrt more -> deviation; Div centred deviation -> unit; Mul unit gain
-        -> scaled; Add scaled bias -> norm; Mul alpha norm -> angle; Sin angle -> sine; Pow sine two -> power;
-        Mul power inverse -> wave; Add norm wave -> y"""
-    nodes = []
-    for kind, *inputs, _, output in map(str.split, steps.split(";")):
-        attributes = {"axes": [2], "keepdims": 1} if kind == "ReduceMean" else {}
-        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-    model = model_of(nodes, constants, channels)
-    signal = rng.normal(2, 3, size=(1, channels, 300)).astype(np.float32)
+    model, signal = snake()
     faster = unroll_convolutions(model)
     assert "InstanceNormalization" in operators(faster) and "Sin" not in operators(faster)
     assert np.allclose(run(model, x=signal), run(faster, x=signal), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_embedded_graph import model_of, quantised_convolution
+from test_embedded_graph import model_of, quantised_convolution, snake
 
 import embedded_openvino
 import embedded_voice
@@ -25,6 +25,7 @@ from embedded_openvino import (
     ChannelsLast,
     ForOpenVINO,
     Range,
+    Snakes,
     compiled,
     fingerprint,
     for_openvino,
@@ -141,7 +142,7 @@ def test_a_product_of_frames_side_by_side_is_the_convolution(kernel, pads, monke
 
 
 def test_four_dimensions_change_the_layout_and_not_the_sound():
-    three = ForOpenVINO(decoder_of(read_weights()), read_ranges()).result()
+    three = ForOpenVINO(Snakes(decoder_of(read_weights())).result(), read_ranges()).result()
     four = ChannelsLast(three).result()
     rng, frames = np.random.default_rng(4), 40
     voiced = np.full((1, 2 * frames), 120, np.float32), np.zeros((1, 2 * frames), np.float32)
@@ -154,6 +155,27 @@ def test_four_dimensions_change_the_layout_and_not_the_sound():
     assert back < len(quantised) / 4, "from one convolution to the next it stays in four"
     plain, turned = run(three, features), run(four, features)
     assert np.sqrt(np.mean((turned - plain) ** 2)) < 0.01 * np.std(plain)
+
+
+@pytest.mark.parametrize("offset", [0, 2, 30])
+def test_a_snake_with_its_norm_is_written_down_once(offset):
+    model, signal = snake()
+    signal += offset
+    signal[:, 3] = 5  # a channel without variance
+    rewritten = Snakes(model).result()
+    assert "ReduceL2" in operators(rewritten)
+    exact = run(model, signal)
+    for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
+        assert np.allclose(result, exact, rtol=1e-3, atol=2e-3)
+
+
+def test_a_snake_of_a_norm_whose_gain_is_nothing_is_one_of_its_bias():
+    model, signal = snake()
+    model = onnx.load_from_string(model)
+    [gain] = [tensor for tensor in model.graph.initializer if tensor.name == "gain"]
+    gain.CopyFrom(numpy_helper.from_array(np.zeros((1, 6, 1), np.float32), "gain"))
+    model = model.SerializeToString()
+    assert np.allclose(run(Snakes(model).result(), signal), run(model, signal), atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3, 100])
