@@ -3,11 +3,11 @@
 On onnxruntime half the time goes to the operators between the convolutions, each of which reads and writes the whole
 signal. OpenVINO fuses chains of simple operators into the convolution before them. So the graph is put in its terms:
 weights back to numbers and to int8 again; the generator's activations to uint8 in fixed ranges, each channel by its
-own size (assets/activation_ranges.json, found by assets/measure_ranges.py); the convolutions before it as products;
-sin^2 as a chain of products; what makes the signal longer as a product and a transposition; the int8 convolutions,
-and what lies between them, in four dimensions. Against float32 the noise is 20 dB down, on onnxruntime 15, both with
-AVX2 alone. Measured on 2 cores, utterances of a text one by one: with AVX512-VNNI 15 times real time instead of 9,
-on an older CPU, with AVX2 alone, 2.6 instead of 1.8.
+own size (assets/activation_ranges.json, found by assets/measure_ranges.py); the convolutions before it as products; a
+norm and the snake after it in terms of what comes before them; sin^2 as a chain of products; what makes the signal
+longer as a product and a transposition; the int8 convolutions, and what lies between them, in four dimensions. Against
+float32 the noise is 20 dB down, on onnxruntime 15, both with AVX2 alone. Measured on 2 cores, utterances of a text one
+by one: with AVX512-VNNI 15 times real time instead of 9, on an older CPU, with AVX2 alone, 2.6 instead of 1.8.
 """
 
 from __future__ import annotations
