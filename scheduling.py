@@ -74,7 +74,8 @@ class Slots:
     """
 
     def __init__(self, count: int):
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._for_slots, self._for_one_more = threading.Condition(self._lock), threading.Condition(self._lock)
         self._lines: list[Line] = []  # those with work waiting, the longest waiting first
         self._idle = 0  # slots with nothing to do, the one more aside
         self._level = 0.0  # what the one served last had been given
@@ -93,17 +94,17 @@ class Slots:
     def submit(self, line: Line, size: float, do: Callable[[], Any]) -> Future:
         """Put work at the end of a request's line; the future answers once a slot has done it."""
         work = Work(do, size, Future())
-        with self._changed:
+        with self._lock:
             if not line.waiting:
                 line.given = max(line.given, self._level)
                 self._lines.append(line)
             line.waiting.append(work)
-            self._changed.notify_all()
+            (self._for_slots if self._idle else self._for_one_more).notify()
         return work.future
 
     def waiting(self) -> int:
         """Return how many utterances wait for a slot."""
-        with self._changed:
+        with self._lock:
             return sum(len(line.waiting) for line in self._lines)
 
     def _choose(self, extra: bool) -> Line | None:
@@ -114,10 +115,10 @@ class Slots:
         return min(lines, key=lambda line: line.given, default=None)
 
     def _next(self, extra: bool) -> Work:
-        with self._changed:
+        with self._lock:
             self._idle += not extra
             while (line := self._choose(extra)) is None:
-                self._changed.wait()
+                (self._for_one_more if extra else self._for_slots).wait()
             self._idle -= not extra
             self._lines.remove(line)
             work = line.waiting.popleft()
@@ -125,7 +126,8 @@ class Slots:
             line.given, line.begun = line.given + work.size, True
             if line.waiting:
                 self._lines.append(line)
-            self._changed.notify_all()  # the one more looks again
+            if self._lines and not self._idle:
+                self._for_one_more.notify()
             return work
 
     def _serve(self, extra: bool) -> None:

@@ -1,8 +1,11 @@
 """Slots, shared jobs and the cache."""
 
 import os
+import random
 import threading
 import time
+from concurrent.futures import wait
+from functools import partial
 
 import pytest
 
@@ -90,6 +93,24 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_work_is_left_lying_when_many_ask_and_leave(count):
+    slots, undone = Slots(count), []
+
+    def ask_often(dice):
+        for _ in range(50):
+            line = Line()
+            jobs = [slots.submit(line, 1, partial(time.sleep, dice.random() / 5000)) for _ in range(dice.randint(1, 4))]
+            undone.extend(wait(jobs, timeout=5).not_done)
+
+    threads = [threading.Thread(target=ask_often, args=(random.Random(seed),)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not undone and slots.waiting() == 0
 
 
 def test_what_was_made_is_not_made_again(jobs):
