@@ -1,4 +1,4 @@
-"""Prose to be spoken: Mandarin, English and mixed, of any length, no text twice, so that no cache helps a server."""
+"""Prose to be spoken: Mandarin, English and mixed, of any length; no text twice, but the same clauses often."""
 
 from __future__ import annotations
 

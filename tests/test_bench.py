@@ -192,10 +192,18 @@ def test_a_race_asks_each_in_turn_for_the_same_texts():
     with scripted_server(SECOND) as (one, first), scripted_server(SECOND) as (other, second):
         target = Target("other", other.url)
         runs = race([one, target], [["a", "b"], ["c", "d"]], clients=1)
-    assert [body for _, body in first] == [body for _, body in second]
+    texts = [[json.loads(body)["input"] for _, body in asked] for asked in (first, second)]
+    assert texts == [["a", "b", "c", "d"]] * 2
     order = [who for _, who in sorted((at, who) for who, asked in enumerate([first, second]) for at, _ in asked)]
     assert order == [0, 0, 1, 1, 0, 0, 1, 1]
     assert {name: len(each) for name, each in runs.items()} == {"scripted": 2, "other": 2}
+
+
+def test_no_two_requests_are_alike_so_that_none_is_shared():
+    with scripted_server(SECOND) as (target, asked):
+        closed_loop(target, ["a", "a", "a", "a"], clients=2)
+    speeds = [json.loads(body)["speed"] for _, body in asked]
+    assert len(set(speeds)) == 4 and all(1 < speed < 1.001 for speed in speeds)
 
 
 def test_a_race_with_a_failure_is_no_race():
