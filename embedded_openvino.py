@@ -196,7 +196,7 @@ class Snakes(Surgery):
     The norm is ax + b, of a = gain / deviation and b = bias - a mean, which are numbers of a channel. So the snake
     y + sin(cy)^2 / c of y = ax + b is (sin(acx + bc)^2 / ac + x) a + b, and y need not be written down.
     A variance so found loses digits where the mean is many deviations, a hundred in the worst channel: in the sound
-    that is 60 to 70 dB down, and int8 is 20.
+    that is 50 to 70 dB down, and int8 is 20.
     """
 
     def rewrite(self, node: NodeProto) -> bool:
