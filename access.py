@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ WRONG_KEYS = 10  # from one address within WRONG_KEYS_S; more are told to wait
 WRONG_KEYS_S = 60
 ADDRESSES = 10_000  # remembered at once
 
+log = logging.getLogger("speech.access")
+
 
 class Keys:
     """The keys of TTS_API_KEYS and of the file TTS_API_KEYS_FILE, which is read again when it changes."""
@@ -22,7 +25,7 @@ class Keys:
     def __init__(self, keys: Iterable[str], file: Path | None):
         self._fixed, self._file = tuple(keys), file
         self._lock = threading.Lock()
-        self._changed_ns = -1
+        self._changed_ns, self._fault = -1, ""
         self._read: tuple[str, ...] = ()
         if file:
             self._read_file(file)  # a missing file keeps the server from starting, not from asking for keys
@@ -34,7 +37,7 @@ class Keys:
 
     def accept(self, sent: str) -> bool:
         """Tell whether a key is one of them; the time that takes tells nothing about them."""
-        given = sent.encode("utf-8", "surrogatepass")
+        given = sent.encode("latin-1")  # the bytes of the header as they came
         return any([hmac.compare_digest(key.encode(), given) for key in self._current()])  # a list: all are compared
 
     def _current(self) -> tuple[str, ...]:
@@ -43,13 +46,16 @@ class Keys:
                 try:
                     if self._file.stat().st_mtime_ns != self._changed_ns:
                         self._read_file(self._file)
-                except OSError:
-                    pass  # it is being replaced, or gone: the keys known so far stay
+                    self._fault = ""
+                except (OSError, ValueError) as error:  # being replaced, gone, no UTF-8: the keys known so far stay
+                    if self._fault != (fault := str(error)):
+                        log.error("the keys file was not read, the keys known so far stay: %s", fault)
+                    self._fault = fault
         return (*self._fixed, *self._read)
 
     def _read_file(self, file: Path) -> None:
         changed_ns = file.stat().st_mtime_ns
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
         self._read = tuple(key for line in lines if (key := line.partition("#")[0].strip()))
         self._changed_ns = changed_ns
 

@@ -112,6 +112,24 @@ def test_the_keys_file_is_read_again_when_it_changes(engine, tmp_path):
     assert status("new") == status("") == 401
 
 
+def test_a_keys_file_that_is_no_utf8_changes_nothing_and_is_told_once(engine, tmp_path, caplog):
+    file = tmp_path / "keys"
+    file.write_text("good\n")
+    client = client_of(engine, api_keys_file=file)
+    file.write_bytes("good\n# schön\n".encode("latin-1"))
+    os.utime(file, ns=(1, 1))
+    for key, status in (("good", 200), ("bad", 401), ("good", 200)):
+        assert client.post(SPEECH, json=ASKED, headers={"X-Api-Key": key}).status_code == status
+    assert caplog.text.count("the keys file was not read") == 1
+
+
+def test_a_keys_file_may_have_a_byte_order_mark_and_any_letters(engine, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("schön\n", encoding="utf-8-sig")
+    client, sent = client_of(engine, api_keys_file=file), "schön".encode().decode("latin-1")  # the bytes are UTF-8
+    assert client.post(SPEECH, json=ASKED, headers={"X-Api-Key": sent}).status_code == 200
+
+
 def test_a_missing_keys_file_keeps_the_server_from_starting(engine, tmp_path):
     with pytest.raises(OSError, match="no-such-file"):
         client_of(engine, api_keys_file=tmp_path / "no-such-file")
