@@ -209,7 +209,8 @@ def encode_stream(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -
 
 def encode_whole(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -> Iterator[bytes]:
     """Yield one file with its true length in its header."""
-    samples = np.concatenate([chunk.samples for chunk in chunks])
     file = io.BytesIO()
-    soundfile.write(file, to_int16(samples), sample_rate, format=fmt.container.upper(), subtype="PCM_16")
+    with soundfile.SoundFile(file, "w", sample_rate, 1, "PCM_16", format=fmt.container.upper()) as written:
+        for chunk in chunks:
+            written.write(to_int16(chunk.samples))
     yield file.getvalue()

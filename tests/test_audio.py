@@ -1,6 +1,7 @@
 """Audio out: honest bytes in six formats, trimming, speed, levels."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_each_format_starts_as_itself(name, magic):
 def test_a_whole_file_carries_its_true_length(name):
     info = soundfile.info(io.BytesIO(encoded(name, [hum(0.5), hum(0.75)], encode=encode_whole)))
     assert (info.frames, info.samplerate, info.channels, info.subtype) == (30_000, RATE, 1, "PCM_16")
+
+
+def test_a_long_file_is_in_memory_once():
+    """Hours of it are asked for by one request: floats of it all, and their copies, were six times as much."""
+    chunk, seconds = hum(5), 300
+    tracemalloc.start()
+    try:
+        size = len(encoded("wav", (chunk for _ in range(seconds // 5)), encode=encode_whole))
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["wav", "flac"])
