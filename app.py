@@ -1058,11 +1058,11 @@ def watch_client() -> Callable[[], bool]:
 
 
 def has_left(client: socket.socket) -> bool:
-    """Peek without waiting: a socket that has nothing at all to say, for good, belongs to nobody."""
+    """Look without waiting: a socket that will say no more belongs to nobody, whatever it said before and is unread."""
     try:
-        poller = select.poll()  # a socket with a timeout would wait for it
-        poller.register(client, select.POLLIN)
-        return bool(poller.poll(0)) and client.recv(1, socket.MSG_PEEK) == b""
+        poller = select.poll()
+        poller.register(client, select.POLLRDHUP)
+        return bool(poller.poll(0))
     except (OSError, ValueError):
         return True
 

@@ -221,7 +221,7 @@ class TestLeaving:
             running.wait_until_ready()
             yield running
 
-    @pytest.mark.parametrize("moment", ["headers", "body", "queue", "first byte", "middle"])
+    @pytest.mark.parametrize("moment", ["headers", "body", "queue", "first byte", "middle", "after more"])
     def test_a_cut_connection_frees_its_place_within_a_second_and_is_no_error(self, slow_server, moment):
         speech = raw_speech("This sentence is number 8. " * 9, response_format="pcm")
         if moment == "headers":
@@ -234,6 +234,8 @@ class TestLeaving:
             wait_for_requests(slow_server, 2 if first else 1)
             if moment == "middle":
                 client.recv(1000)
+            if moment == "after more":
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
             if first:
                 first.close()
         time.sleep(0.3)
