@@ -114,6 +114,7 @@ MAX_EMOTION_CHARACTERS = 400  # the model that reads an emotion takes 2,048 toke
 MAX_NATIVE_CHARACTERS = 20_000  # /tts_url had none; this one keeps a request under an hour of speech
 BODY_TIMEOUT_S = 30  # for the next bytes of a request's body
 SEND_TIMEOUT_S = 600  # for a client to take the next bytes of the answer: a player may have paused
+PIECE_BYTES = 256 << 10  # of an answer that is sent whole
 HEALTH_CHECK_S = 0.5  # how often the engine is asked whether it lives
 CLIENT_CHECK_S = 0.2  # how often a waiting request looks whether its client is still there
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what a full or closed disk says
@@ -985,7 +986,9 @@ def answer(
         response = Response(server_sent_events(rest, order), content_type="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
     elif in_one_piece:
-        response = Response(b"".join(rest), content_type=fmt.content_type)
+        body = b"".join(rest)
+        response = Response(pieces(body), content_type=fmt.content_type)
+        response.content_length = len(body)
         response.headers["X-Audio-Duration"] = f"{order.audio_s:.3f}"
     else:
         response = Response(rest, content_type=fmt.content_type)
@@ -999,6 +1002,11 @@ def answer(
     if named := [name for name in ignored if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]:
         response.headers["X-Ignored-Parameters"] = ", ".join(named[:32])
     return response
+
+
+def pieces(body: bytes) -> Iterator[bytes]:
+    """Cut an answer up: a client has SEND_TIMEOUT_S for each piece, not for all of it."""
+    return (body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES))
 
 
 def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, Any]) -> Iterator[bytes]:

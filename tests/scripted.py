@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 
+import app
 from app import create_app as create_real_app
 from engines import VllmEngine
 from settings import Settings
@@ -81,8 +82,9 @@ class ScriptedVoice:
 def create_app():
     """Return the real app around a scripted voice; SCRIPT_DELAY_S is how long an utterance takes it.
 
-    It does not load where there is the file SCRIPT_NO_MEMORY.
+    It does not load where there is the file SCRIPT_NO_MEMORY. SCRIPT_SEND_TIMEOUT_S is the patience with readers.
     """
+    app.SEND_TIMEOUT_S = float(os.environ.get("SCRIPT_SEND_TIMEOUT_S", app.SEND_TIMEOUT_S))
     voice = ScriptedVoice()
     voice.delay_s = float(os.environ.get("SCRIPT_DELAY_S", 0))
 

@@ -273,6 +273,21 @@ class TestSlowClients:
         wait_for_requests(server, 0, 20)
         assert "Traceback" not in server.log.read_text()
 
+    def test_a_reader_that_never_pauses_gets_all_however_long_it_takes(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0, SCRIPT_SEND_TIMEOUT_S="1.5") as own:
+            own.wait_until_ready()
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+            client.connect(("127.0.0.1", own.port))
+            client.sendall(raw_speech("This is number 8.\n\n" * 60, speed=0.25, sample_rate=48000))
+            response = http.client.HTTPResponse(client)
+            response.begin()
+            length, came, began = int(response.headers["Content-Length"]), 0, time.monotonic()
+            while part := response.read(128 << 10):
+                came += len(part)
+                time.sleep(0.03)
+            assert came == length and time.monotonic() - began > 3 * 1.5
+
     def test_bodies_that_nobody_reads_stop_nobody(self, server):
         """gunicorn lingers on such a connection; in its main loop, two seconds each, that would stop everything."""
         head = b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\nabc"
