@@ -488,7 +488,8 @@ class Speech:
 
     def speak(self, order: Order) -> Iterator[AudioChunk]:
         """Yield an order's audio, utterance by utterance, at its rate; raise SpeechError or ClientGone."""
-        with self._admitted(len(order.text), NATIVE_PLACES if order.patient else 0):
+        slowness = 1 / min(order.speed, 1)  # there is so much more audio of a text
+        with self._admitted(len(order.text) * slowness, NATIVE_PLACES if order.patient else 0):
             self._await_loading(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
@@ -500,7 +501,7 @@ class Speech:
                 yield joined
 
     @contextmanager
-    def _admitted(self, characters: int, more: int) -> Iterator[None]:
+    def _admitted(self, characters: float, more: int) -> Iterator[None]:
         """Hold a place in the queue, or in one of so many more; raise Busy."""
         places = self.settings.queue_requests + more
         limit = self.settings.queue_characters + more * MAX_NATIVE_CHARACTERS

@@ -192,6 +192,14 @@ class TestQueue:
             assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 429
             waiting.close()
 
+    def test_slow_speech_takes_as_much_of_it_as_there_is_audio(self, tmp_path):
+        with scripted_server(tmp_path / "log", 1, TTS_QUEUE_CHARACTERS="50") as own:
+            own.wait_until_ready()
+            waiting = connect(own, raw_speech("Number 7, slow.", speed=0.25))
+            wait_for_requests(own, 1)
+            assert own.post(SPEECH, {"model": "m", "input": "Hi."})[0] == 429
+            waiting.close()
+
     def test_a_waiter_past_its_deadline_is_503(self, tmp_path):
         with scripted_server(tmp_path / "log", 2, TTS_SLOTS="1", TTS_UTTERANCE_TIMEOUT_S="3") as own:
             own.wait_until_ready()
