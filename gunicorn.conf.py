@@ -32,6 +32,7 @@ RESERVE_THREADS = 128  # beyond the admitted requests: /health, and clients slow
 LEAVE_S = 5  # for running requests to be told, after their engine died
 RETRY_LOAD_S = 60  # what keeps a replacement from loading may pass: a GPU gives a killed process's memory back late
 HEADERS_TIMEOUT_S = 15  # for a request's headers
+LINGER_S = 2  # for the request of a silent connection while draining; gunicorn gives a kept-alive one as long
 reading_headers = {}  # by thread: the socket, and until when
 
 libc = ctypes.CDLL(None)
@@ -149,11 +150,16 @@ def leave():
 
 
 def accept(worker, set_accept_enabled, enabled):
-    """Accept connections or not, as gunicorn says; once draining, refuse them: gunicorn alone would let them hang."""
+    """Accept connections or not, as gunicorn says; once draining, refuse them: gunicorn alone would let them hang.
+
+    It would also wait for those that have said nothing yet, a browser's or a pool's, as long as they are kept alive.
+    """
     set_accept_enabled(enabled)
     if not worker.alive:
         for listener in worker.sockets:
             listener.close()
+        for silent in worker.pending_conns:
+            silent.timeout = min(silent.timeout, time.monotonic() + LINGER_S)
 
 
 def worker_exit(server, worker):
