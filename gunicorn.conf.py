@@ -54,6 +54,7 @@ keepalive = 65  # seconds; longer than a proxy keeps its side
 timeout = 120  # seconds without a heartbeat of the worker's main loop; requests may take longer
 graceful_timeout = settings.drain_timeout_s
 control_socket_disable = True  # it would write into the home folder
+forwarder_headers = ""  # no client on this machine, nor behind a proxy here, says what SCRIPT_NAME is
 accesslog = "-"
 access_log_format = (
     '%(h)s "%(m)s %({speech.path}e)s" %(s)s %(B)sB %(L)ss id=%({x-request-id}o)s voice=%({speech.voice}e)s'
