@@ -378,7 +378,7 @@ class Speech:
         self._jobs = Jobs(self._slots, settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
         self._requests = self._characters = 0
         self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
-        self._lock = threading.Lock()
+        self._lock, self._reloading = threading.Lock(), threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
         self.retry_load_s: float | None = None  # after which one that did not load counts as dead; None: never
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
@@ -460,14 +460,17 @@ class Speech:
                 raise ValueError(f"{file}:{line}: the voice {voice.id}: {error}") from None
 
     def reload_voices(self) -> None:
-        """Read voices.json again; a broken file is refused and the running voices stay."""
-        try:
-            voices = Voices.load(self.settings.voices_file)
-            self._check(voices)
-            self._voices = voices
-            log.info("voices reloaded: %d", len(voices.voices))
-        except Exception as error:
-            log.error("voices not reloaded, the running ones stay: %s", error)
+        """Read voices.json again, once the engine is loaded; a broken file is refused and the running voices stay."""
+        while self.trouble == "loading":
+            time.sleep(CLIENT_CHECK_S)
+        with self._reloading:  # so that what was read first is not put in last
+            try:
+                voices = Voices.load(self.settings.voices_file)
+                self._check(voices)
+                self._voices = voices
+                log.info("voices reloaded: %d", len(voices.voices))
+            except Exception as error:
+                log.error("voices not reloaded, the running ones stay: %s", error)
 
     def ailment(self) -> str | None:
         """Return None when an utterance would be spoken, else why not."""

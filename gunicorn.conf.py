@@ -85,6 +85,11 @@ def child_exit(server, worker):
             os.kill(pid, signal.SIGKILL)
 
 
+def post_fork(server, worker):
+    """Put HUP off until post_worker_init: gunicorn would have it end a worker that boots."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
 def post_worker_init(worker):
     """Load the engine in the background, now that the worker is forked and its routes answer."""
     service = worker.wsgi.extensions["speech"]
@@ -92,7 +97,8 @@ def post_worker_init(worker):
     worker.handle = partial(handle, worker.handle)
     util.write_error = write_error
     threading.Thread(target=end_slow_headers, name="slow-headers", daemon=True).start()
-    signal.signal(signal.SIGHUP, lambda *_: service.reload_voices())
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=service.reload_voices, daemon=True).start())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     service.on_death = leave
     service.retry_load_s = RETRY_LOAD_S if worker.age > 1 else None  # of the first, its starter is told why
     service.start()

@@ -294,6 +294,18 @@ class TestSignals:
         assert own.process.wait(10) == 0
         assert "Traceback" not in own.log.read_text()
 
+    def test_hup_while_loading_reads_the_voices_too(self, tmp_path):
+        voices = tmp_path / "voices.json"
+        voices.write_text((Server.repository / "voices.json").read_text())
+        with Server(tmp_path / "log", TTS_VOICES_FILE=str(voices)) as own:
+            assert own.wait_until(503)["status"] == "loading"
+            voices.write_text(voices.read_text().replace('"marin"', '"hero"'))
+            own.process.send_signal(signal.SIGHUP)
+            own.wait_until_ready()
+            end = time.monotonic() + 5
+            while own.post(SPEECH, {"model": "m", "input": "Hi.", "voice": "hero"})[0] != 200:
+                assert time.monotonic() < end, own.log.read_text()
+
     def test_a_bad_setting_keeps_the_server_from_starting(self, tmp_path):
         with Server(tmp_path / "log", TTS_SLOTS="many") as own:
             assert own.process.wait(20) != 0

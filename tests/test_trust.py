@@ -1,5 +1,6 @@
 """Load, leaving and slow clients, faults: the real gunicorn around an engine of scripted speed."""
 
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -358,6 +359,28 @@ class TestFaults:
             assert [status for status, *_ in answers] == [200] * 8
             assert [number_of(decode(body)[0]) for *_, body in answers] == list(range(8))
             assert own.process.wait(10) == 0
+
+    def test_term_does_not_wait_for_a_connection_that_says_nothing(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0) as own:
+            own.wait_until_ready()
+            with connect(own):
+                time.sleep(6)  # for five seconds a thread waits with it
+                own.process.send_signal(signal.SIGTERM)
+                assert own.process.wait(10) == 0
+
+    def test_hup_spares_a_worker_that_boots(self, tmp_path):
+        with scripted_server(tmp_path / "log", 0) as own:
+            own.wait_until_ready()
+            before = worker_of(own)
+            os.kill(before, signal.SIGKILL)
+            seen, until = set(), time.monotonic() + 5
+            while time.monotonic() < until:
+                own.process.send_signal(signal.SIGHUP)
+                with contextlib.suppress(IndexError):  # there is none just now
+                    seen.add(worker_of(own))
+                time.sleep(0.05)
+            assert len(seen - {before}) == 1
+            own.wait_until_ready()
 
     def test_hup_under_load_loses_nothing(self, server):
         with ThreadPoolExecutor(8) as clients:
