@@ -710,7 +710,7 @@ def finish(response: Response) -> Response:
 def tell_speech_error(error: SpeechError) -> Response:
     """Answer with OpenAI's envelope, or on the native routes in IndexTTS's shape."""
     if error.status >= 500:
-        log.warning("%s %s: %s", g.request_id, error.status, error.logged())
+        log.warning("%s %s: %s", g.request_id, error.status, error)
     body = {"status": "error", "error": error.message} if request.path in NATIVE_PATHS else envelope(error)
     response = jsonify(body)
     response.status_code = error.status

@@ -230,9 +230,9 @@ class VllmEngine:
             if (fault := take_fault(spoken, self.sample_rate, utterance, options.speed)) is None:
                 return level(AudioChunk(spoken.samples, self.sample_rate), 0)
             log.warning("take %d of an utterance of %d characters: %s", take + 1, len(utterance), fault)
-        quoted = printable(utterance, 60)
+        quoted = repr(printable(utterance, 60))
         raise EngineFault(
-            f"The engine could not speak {quoted!r}: {fault}, {TAKES} times. Reword or split it.",
+            f"The engine could not speak {quoted}: {fault}, {TAKES} times. Reword or split it.",
             "input", "unspoken_sentence", quoted,
         )  # fmt: skip
 

@@ -18,18 +18,13 @@ class SpeechError(Exception):
     retry_after_s: int | None = None
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, quoted: str = ""):
-        super().__init__(message)
+        super().__init__(message.replace(quoted, "...") if quoted else message)  # no log may show the client's text
         self.message, self.param, self.code = message, param, code or self.code
-        self.quoted = quoted  # the client's text in the message, which no log line may show
 
     def headers(self) -> dict[str, str]:
         """Headers beside the envelope: when to come back, where that makes sense."""
         after_s = self.retry_after_s
         return {"Retry-After": str(after_s), "retry-after-ms": str(after_s * 1000)} if after_s else {}
-
-    def logged(self) -> str:
-        """The message without the client's text."""
-        return self.message.replace(self.quoted, "...") if self.quoted else self.message
 
 
 class InvalidRequest(SpeechError):

@@ -242,6 +242,16 @@ class TestEngine:
         assert "Hello there." in response.json["error"]["message"]
         assert response.json["error"]["code"] == "unspoken_sentence"
 
+    @pytest.mark.parametrize("text", ["My number is four.", """it's "four" C:\\x."""])
+    def test_a_sentence_that_it_names_to_the_client_is_in_no_line_of_the_log(self, app, voice, caplog, text):
+        voice.answers = [Spoken(noise(), True)] * 4
+        response = app.test_client().post(SPEECH, json={"model": "m", "input": text})
+        assert "four" in response.json["error"]["message"]
+        service = app.extensions["speech"]
+        with pytest.raises(EngineFault) as caught:  # after the first bytes, gunicorn writes it down
+            service.engine.synthesize(text, service.voices.resolve(None), options())
+        assert "four" not in caplog.text + str(caught.value)
+
     def test_loud_samples_are_turned_down_and_not_clipped(self, engine, app):
         loud = Spoken(noise(1, 3.0), False)
         engine._voice.answers = [loud]
