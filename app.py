@@ -445,9 +445,16 @@ class Speech:
         else:
             while (ailment := self.engine.healthy()) is None:
                 time.sleep(HEALTH_CHECK_S)
+            if self.trouble:  # it was closed
+                return
             self.trouble = ailment
             log.error("the engine died: %s", ailment)
         self.on_death()
+
+    def close(self) -> None:
+        """Let go of the engine, whose end is then not taken for its death."""
+        self.trouble = "shutting down"
+        self.engine.close()
 
     def _check(self, voices: Voices) -> None:
         """Raise ValueError with the file, the line and the voice that the engine cannot speak in."""

@@ -172,4 +172,4 @@ def accept(worker, set_accept_enabled, enabled):
 def worker_exit(server, worker):
     """Let go of the engine, if it came so far."""
     if app := getattr(worker, "wsgi", None):
-        app.extensions["speech"].engine.close()
+        app.extensions["speech"].close()

@@ -449,8 +449,15 @@ class TestLoading:
         voice.answers = [nothing] * 4  # two takes each of two tries
         assert load(how="load")[0].ailment() is None
         voice.answers = [nothing] * 6
-        with pytest.raises(EngineFault, match="'Ready.'"):
+        with pytest.raises(EngineFault, match="came back empty"):
             load(how="load")
+
+    def test_one_that_is_shut_down_did_not_die(self, load, caplog):
+        service, _ = load(how="start")
+        until(lambda: service.ailment() is None)
+        service.close()
+        until(lambda: all(thread.name != "load" for thread in threading.enumerate()))
+        assert "died" not in caplog.text
 
     def test_one_that_dies_at_its_first_words_is_told(self, load, voice):
         voice.delay_s, voice.sick = 60, "stage 0 is dead"
