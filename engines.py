@@ -320,7 +320,7 @@ async def create_indextts(settings: Settings) -> VoiceModel:
 
     return await IndexTTSVoice.create(
         checkout=settings.indextts_dir,
-        model_dir=settings.indextts_dir / settings.model_dir,
+        model_dir=settings.model_dir,
         fp16=settings.fp16,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         qwenemo_gpu_memory_utilization=settings.qwenemo_gpu_memory_utilization,

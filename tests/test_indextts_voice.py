@@ -8,12 +8,14 @@ import time
 import weakref
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import indextts_voice
+from engines import create_indextts
 from indextts_voice import (
     CODES_PER_SECOND,
     EMOTION_TOKENS,
@@ -26,6 +28,7 @@ from indextts_voice import (
     construct,
     make_greedy,
 )
+from settings import Settings
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, Reference
 
 STOP = 8193
@@ -458,6 +461,14 @@ def checkout(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
+
+
+def test_a_relative_checkout_is_joined_to_its_weights_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkout" / "indextts").mkdir(parents=True)
+    (tmp_path / "checkout" / "indextts" / "infer_vllm_v2.py").touch()
+    with pytest.raises(LoadError, match="^checkout/weights/"):
+        asyncio.run(create_indextts(Settings(indextts_dir=Path("checkout"), model_dir=Path("weights"))))
 
 
 def test_a_folder_that_is_no_checkout_names_its_setting(tmp_path):
