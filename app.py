@@ -33,8 +33,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -615,16 +614,12 @@ class Speech:
     def _await(self, future: Future, order: Order) -> AudioChunk:
         """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""
         deadline = time.monotonic() + self.settings.utterance_timeout_s
-        while True:
-            try:
-                return future.result(timeout=CLIENT_CHECK_S)
-            except FutureTimeout:
-                if future.done():
-                    raise  # the engine's own TimeoutError
-                if order.is_gone():
-                    raise ClientGone from None
-                if time.monotonic() > deadline:
-                    raise Unavailable("The engine did not come to this text in time.", code="timeout") from None
+        while not wait([future], CLIENT_CHECK_S).done:
+            if order.is_gone():
+                raise ClientGone
+            if time.monotonic() > deadline:
+                raise Unavailable("The engine did not come to this text in time.", code="timeout")
+        return future.result()
 
 
 # === App ===
