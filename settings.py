@@ -94,4 +94,5 @@ class Settings:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"TTS_{str(first['loc'][0]).upper()}: {first['msg']}, not {first['input']!r}") from None
+            given = "" if first["loc"][0] == "api_keys" else f", not {first['input']!r}"  # which no log may show
+            raise ValueError(f"TTS_{str(first['loc'][0]).upper()}: {first['msg']}{given}") from None

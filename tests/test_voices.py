@@ -133,8 +133,9 @@ def test_settings_come_from_the_environment():
     ("TTS_API_KEYS", " , "), ("TTS_API_KEYS", "ключ"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_named(name, value):
-    with pytest.raises(ValueError, match=f"{name}: .*{value}"):
+    with pytest.raises(ValueError, match=f"{name}: ") as caught:
         Settings.from_env({name: value})
+    assert (value in str(caught.value)) == (name != "TTS_API_KEYS"), "keys are shown to nobody"
 
 
 def test_an_unknown_setting_is_reported(caplog):
