@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cachetools
@@ -149,13 +150,13 @@ class Claim(NamedTuple):
     leave: Callable[[], None]
 
 
+@dataclass
 class Job:
     """An utterance being made, for as many requests as wait for it."""
 
-    def __init__(self) -> None:
-        self.ticket = Ticket()
-        self.future: Future = Future()
-        self.waiting = 0
+    future: Future
+    ticket: Ticket
+    waiting: int = 0
 
 
 class Jobs:
@@ -193,8 +194,8 @@ class Jobs:
         return Claim(job.future, origin, lambda: self._leave(key, job))
 
     def _start(self, key: Hashable, line: Line, size: float, make: Callable[[Ticket], Any]) -> Job:
-        job = Job()
-        job.future = self._slots.submit(line, size, lambda: make(job.ticket))
+        ticket = Ticket()
+        job = Job(self._slots.submit(line, size, lambda: make(ticket)), ticket)
         if key is not None:
             self._under_way[key] = job
             job.future.add_done_callback(lambda future: self._finish(key, job, future))
@@ -206,6 +207,7 @@ class Jobs:
             if job.waiting or job.future.done():
                 return
             self._forget(key, job)
+        job.future.cancel()  # one that no slot has begun
         job.ticket.cancel()
 
     def _finish(self, key: Hashable, job: Job, future: Future) -> None:
