@@ -15,6 +15,7 @@ Loopback only, unless --allow-remote is given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import itertools
 import math
@@ -140,8 +141,10 @@ def machine() -> dict[str, float]:
 def check_loopback(url: str) -> None:
     """Exit unless the URL's host is a loopback address."""
     host = urlsplit(url).hostname or ""
-    if host != "localhost" and not (host.replace(".", "").isdigit() and ipaddress.ip_address(host).is_loopback):
-        sys.exit(f"{host} is not on this machine; --allow-remote sends it load all the same")
+    with contextlib.suppress(ValueError):  # a name
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return
+    sys.exit(f"{host} is not on this machine; --allow-remote sends it load all the same")
 
 
 def options() -> argparse.Namespace:

@@ -21,8 +21,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
-from bench import markdown, save
 from servers import ROOT
+from tables import markdown, save
 
 sys.path.insert(0, str(ROOT))
 

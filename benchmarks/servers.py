@@ -24,20 +24,20 @@ class Server:
     def __init__(self, argv: list[str], port: int, env: dict[str, str] | None = None, log: Path | None = None):
         self.url = f"http://127.0.0.1:{port}"
         self._argv, self._env = argv, os.environ | (env or {})
-        self._log = log or RESULTS / "server.log"
+        self.log = log or RESULTS / "server.log"
         self.ready_s = 0.0  # from start to ready
 
     def __enter__(self) -> Server:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._argv, env=self._env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         while not is_ready(self.url):
             if self._process.poll() is not None or time.perf_counter() - began > START_TIMEOUT_S:
                 self.__exit__()
-                raise RuntimeError(f"{self._argv[0]} did not start; its output is in {self._log}")
+                raise RuntimeError(f"{self._argv[0]} did not start; its output is in {self.log}")
             time.sleep(0.02)
         self.ready_s = time.perf_counter() - began
         return self

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import av
 from client import timeline
-from servers import RESULTS, ROOT, Server, is_ready, leave_on_term, own_server, resident_mb, with_children
+from servers import ROOT, Server, is_ready, leave_on_term, own_server, resident_mb, with_children
 from tables import markdown, save
 from texts import PARAGRAPH
 
@@ -238,7 +238,7 @@ def main() -> int:
     print(markdown(["what", "requests"], [[name, str(count)] for name, count in sorted(counts.items())]))
     print(f"\nWorkers killed: {len(outages)}; to ready again: {', '.join(f'{s:.1f} s' for s in outages) or '-'}\n")
     print(markdown(["figure", "second quarter", "last quarter", "ratio"], drift(seen, traffic.tally.latency_s)))
-    log = max(RESULTS.glob("server-*.log"), key=lambda path: path.stat().st_mtime).read_text(errors="replace")
+    log = server.log.read_text(errors="replace")
     wrong = sum(count for name, count in counts.items() if name.startswith("wrong")) + log.count("Traceback")
     print(f"\nTracebacks in the log: {log.count('Traceback')}. {save('soak', {'counts': counts})}")
     unaccounted = counts["sent"] - counts["answered"] - counts["refused"]
