@@ -12,7 +12,7 @@ from typing import Any
 
 import cachetools
 
-WRONG_KEYS = 10  # from one address within WRONG_KEYS_S; more are told to wait
+WRONG_KEYS = 10  # from one address, each within WRONG_KEYS_S of the last; more are told to wait
 WRONG_KEYS_S = 60
 ADDRESSES = 10_000  # remembered at once
 

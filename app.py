@@ -375,14 +375,14 @@ class Speech:
         self.slots = settings.slots or engine.slots
         self._slots = Slots(self.slots)
         self._jobs = Jobs(self._slots, settings.cache_bytes, lambda chunk: chunk.samples.nbytes)
-        self._requests = self._characters = 0
+        self.requests = self._characters = 0  # admitted and not yet spoken to the end
         self._pace_s = FIRST_AUDIO_S / FIRST_SYLLABLES  # the engine's time for a syllable, lately
         self._lock, self._reloading = threading.Lock(), threading.Lock()
         self.on_death: Callable[[], None] = lambda: None  # what to do once the engine died
         self.retry_load_s: float | None = None  # after which one that did not load counts as dead; None: never
         self.keys, self.wrong_keys = Keys(settings.api_keys, settings.api_keys_file), WrongKeys()
         self.metrics = Metrics()
-        self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self._requests)
+        self.metrics.watch("speech_requests_under_way", "Requests admitted", lambda: self.requests)
         self.metrics.watch("speech_utterances_waiting", "Utterances that wait for a slot", self._slots.waiting)
         self.metrics.watch("speech_slots", "Utterances made at once", lambda: self.slots)
         self.metrics.watch("speech_cache_bytes", "Audio in the cache", lambda: self._jobs.cached_bytes)
@@ -482,11 +482,6 @@ class Speech:
         """Return None when an utterance would be spoken, else why not."""
         return self.trouble or self.engine.healthy()
 
-    @property
-    def requests(self) -> int:
-        """Requests admitted and not yet spoken to the end."""
-        return self._requests
-
     def first_syllables(self, order: Order) -> float:
         """Return how long a stream's first utterance may be now: in a long text, longer where the engine is fast.
 
@@ -515,17 +510,17 @@ class Speech:
         places = self.settings.queue_requests + more
         limit = self.settings.queue_characters + more * MAX_NATIVE_CHARACTERS
         with self._lock:
-            full = self._requests >= places
-            too_much = self._requests and self._characters + characters > limit
+            full = self.requests >= places
+            too_much = self.requests and self._characters + characters > limit
             if full or too_much:
-                raise Busy(f"{self._requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
-            self._requests += 1
+                raise Busy(f"{self.requests} requests are under way or waiting; come back in {RETRY_AFTER_S} s.")
+            self.requests += 1
             self._characters += characters
         try:
             yield
         finally:
             with self._lock:
-                self._requests -= 1
+                self.requests -= 1
                 self._characters -= characters
 
     def _await_loading(self, order: Order) -> None:
@@ -1025,7 +1020,7 @@ def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, An
         yield first
         told = True
         yield from parts
-    except (ClientGone, GeneratorExit):
+    except ClientGone:
         raise
     except Exception as error:
         metrics.errors.labels(getattr(error, "code", None) or "fault").inc()
@@ -1047,13 +1042,11 @@ def server_sent_events(parts: Iterator[bytes], order: Order) -> Iterator[str]:
     try:
         for part in filter(None, parts):
             yield event("speech.audio.delta", audio=base64.b64encode(part).decode())
-    except SpeechError as error:
-        yield event("error", **envelope(error))
-        return
+    except ClientGone:
+        raise
     except Exception as error:
-        if isinstance(error, ClientGone):
-            raise
-        yield event("error", **envelope(SpeechError("The server made a mistake.")))
+        told = error if isinstance(error, SpeechError) else SpeechError("The server made a mistake.")
+        yield event("error", **envelope(told))
         return
     read, spoken = len(order.text), round(order.audio_s * SSE_FRAMES_PER_S)
     usage = {"input_tokens": read, "output_tokens": spoken, "total_tokens": read + spoken}

@@ -28,7 +28,7 @@ from pypinyin import Style, lazy_pinyin
 from pypinyin.constants import PHRASES_DICT
 
 ASSETS = Path(__file__).parent / "assets"
-VOCABULARY = frozenset(json.loads((ASSETS / "vocab.json").read_text("utf-8"))["vocab"])
+VOCABULARY: dict[str, int] = json.loads((ASSETS / "vocab.json").read_text("utf-8"))["vocab"]  # phoneme -> token
 HANS = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 HAN = re.compile(f"[{HANS}]")
 FIRST_PRIVATE = 0xE000  # these stand for Latin words whose lexicon reading is pinyin; `clean` lets none in

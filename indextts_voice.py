@@ -46,7 +46,6 @@ LONGEST_S, LONGEST_S_PER_TOKEN = 5, 1  # more speech than 5 s and a second a tex
 DROPPED_CODES = 2  # infer() drops the stop token and the code before it
 EMOTIONS = ("happy", "angry", "sad", "fear", "hate", "low", "surprise", "neutral")
 EMOTION_TOKENS = 256  # eight emotions with their shares take 80
-SLOTS = 4  # some in the GPT while one is in the stages after it
 NOTHING = Spoken(np.zeros(0, np.float32), truncated=False)
 SOON, LATER = 0, 1  # what the GPT waits for goes before what makes sound of its codes
 WEIGHTS = (
@@ -66,7 +65,6 @@ class IndexTTSVoice:
     sample_rate = 22_050
     max_utterance_tokens = 120  # what infer() cuts text at; the GPT was trained on sentences
     speed_range = (1.0, 1.0)
-    slots = SLOTS
     seeded = True  # alone: the company that a request keeps in a batch can change how a GPU rounds
 
     def __init__(self, stages: Any, emotion_model: Any = None):

@@ -54,7 +54,6 @@ class OmniVoice:
     sample_rate = SAMPLE_RATE
     max_utterance_tokens = MAX_UTTERANCE_TOKENS
     seeded = True  # but for Emotion.random, for which the model has no seed
-    slots = 8
 
     def __init__(self, folder: Path, kind: Kind, engine: Any, scratch: tempfile.TemporaryDirectory, deployed: bool):
         self._deployed = deployed  # by TTS_OMNI_DEPLOY_CONFIG

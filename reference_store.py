@@ -25,10 +25,9 @@ import soundfile
 import soxr
 
 from files import remove_unfinished, write_whole
-from reference_audio import BadReference, check_speech, decode
+from reference_audio import HEARD_S, BadReference, check_speech, decode
 from vllm_engine import Reference
 
-KEPT_S = 15.0  # IndexTTS reads no more of a reference audio
 KEPT_RATE = 24_000  # Hz; IndexTTS works at 22 050 and 16 000
 TOKEN = re.compile(r"uploads/([0-9a-f]{64})\.wav")  # looks like a path, as the worker wants; is never used as one
 VOICE_ID = re.compile(r"voice_[0-9a-f]{24}")
@@ -40,11 +39,11 @@ log = logging.getLogger("speech.references")
 
 
 def to_wav(file: IO[bytes]) -> bytes:
-    """Return a client's file as a mono s16 WAV of at most KEPT_S; raise BadReference where it is no usable speech."""
+    """Return a client's file as a mono s16 WAV of at most HEARD_S; raise BadReference where it is no usable speech."""
     with DECODERS:
-        samples, rate = decode(file.read(), KEPT_S)
+        samples, rate = decode(file.read(), HEARD_S)
     check_speech(samples, rate)
-    kept = soxr.resample(samples[: int(KEPT_S * rate)], rate, KEPT_RATE)
+    kept = soxr.resample(samples[: HEARD_S * rate], rate, KEPT_RATE)
     out = io.BytesIO()
     soundfile.write(out, np.clip(kept, -1, 1), KEPT_RATE, format="WAV", subtype="PCM_16")
     return out.getvalue()
@@ -83,11 +82,11 @@ class Uploads:
         try:
             with self._lock:
                 if self._age_s(path, path.stat()) >= self._max_age_s:
-                    return self._gone(path)
+                    raise gone(path)
                 self._use(path)
             return read_upload(path)
         except FileNotFoundError:
-            return self._gone(path)
+            raise gone(path) from None
 
     def expire(self) -> None:
         """Remove what is too old, then the longest unused until the rest fits."""
@@ -120,13 +119,15 @@ class Uploads:
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.wav"
 
-    def _gone(self, path: Path) -> None:
-        raise BadReference(f"the upload {path.stem[:12]}... is not kept any more; upload it again")
-
     def _keep_tidy(self) -> None:
         while True:
             self.expire()
             time.sleep(EXPIRE_EVERY_S)
+
+
+def gone(path: Path) -> BadReference:
+    """Say that an upload is not kept any more."""
+    return BadReference(f"the upload {path.stem[:12]}... is not kept any more; upload it again")
 
 
 @lru_cache(CACHED)

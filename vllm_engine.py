@@ -81,7 +81,6 @@ class VoiceModel(Protocol):
     speed_range: tuple[float, float]  # speeds it speaks by itself
     emotes_by_text: bool  # the model that reads an emotion out of words is there
     seeded: bool  # the same seed gives the same samples
-    slots: int  # utterances worth making at once
 
     def count_tokens(self, text: str) -> int:
         """Return how many text tokens an utterance has; any thread may ask."""

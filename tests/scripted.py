@@ -36,7 +36,7 @@ def number_of(samples):
 class ScriptedVoice:
     """A voice model with a child process, whose answers a test decides; half a second of noise else."""
 
-    sample_rate, max_utterance_tokens, slots = RATE, 200, 8
+    sample_rate, max_utterance_tokens = RATE, 200
     speed_range, seeded, emotes_by_text = (1.0, 1.0), True, False
 
     def __init__(self):
