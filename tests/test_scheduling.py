@@ -159,6 +159,18 @@ def test_a_shared_job_goes_on_while_one_waits_and_stops_with_the_last(jobs):
     assert stopped.wait(1)
 
 
+def test_a_job_that_was_given_up_before_its_turn_takes_no_slot():
+    slots, gate, made, line = Slots(1), threading.Event(), [], Line()
+    jobs = Jobs(slots, 0, len)
+    first, given_up, last = (
+        jobs.claim(name, line, 1, lambda _, name=name: gate.wait(5) and made.append(name) or "sound") for name in "abc"
+    )
+    given_up.leave()
+    gate.set()
+    last.future.result(5)
+    assert made == ["a", "c"] and first.future.done()
+
+
 def test_a_job_that_was_given_up_is_made_anew(jobs):
     gate = threading.Event()
     left = jobs.claim("key", Line(), 1, lambda _: gate.wait(5) or "left")
