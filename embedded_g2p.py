@@ -503,18 +503,26 @@ COUNT = "零一二三四五六七八九十百千万亿两几数每第"
 POLYPHONES = tuple((re.compile(pattern), reading) for pattern, reading in (
     (f"(?<=[{COUNT}])行(?![人动业走程])", "hang2"),
     ("(?<=[^块片亩在的这那此本当土])地(?=[^方区点址面球位图铁板理带步下上产震域形势道名质])", "de5"),
-    ("得(?=了?[奖分病到])", "de2"),
-    ("(?<=[我你他她它们就还都也总可必非不家人])得(?=[去来要把先有在等再想找多跟给看做走吃])", "dei3"),
+    ("得(?=了?[奖分病到第冠救胜名])", "de2"),
+    ("(?<=[我你您他她它们])得(?![了出以知益罪很]|不[到了])", "dei3"),
+    ("(?<=[就还都也总可必非不家人])得(?=[去来要把先有在等再想找多跟给看做走吃])", "dei3"),
     ("(?<=[^获取所赢夺心])得(?=[^到了奖分出])", "de5"),
-    (f"(?<=[{COUNT}])只", "zhi1"),
+    (f"(?<=[{COUNT}])只|(?<=[这那哪])只(?![是要有能好会怕可不剩顾想在])", "zhi1"),
     (f"为(?=[{COUNT}])", "wei2"),
-    ("(?<=[称成作视变分])为", "wei2"),
-    ("(?<=[不得])了", "liao3"),
+    ("(?<=[称成作视变分选评列升降设化约均名译任认誉之])(?<!建设)(?<!系列)为(?!了|什)|为(?=[例准由])", "wei2"),
+    ("(?<=不)了|(?<=[受吃走做治忘免管来少离]得)了|(?<=得)了(?=$|[啊吗呢])", "liao3"),
     ("还(?=[了钱给债款清书])", "huan2"),
-    ("(?<![行校部市局科院队会船家组班村乡县省店社厂处首州团师司])长(?![得出成大])", "chang2"),
+    ("(?<![行校部市局科院队会船家组班村乡县省店社厂处首州团师司])长(?![得出成大高胖满着在])", "chang2"),
     ("重(?=[新来复做写试启])", "chong2"),
     ("谁", "shei2"),
-    ("(?<=[^的了])干(?=[^什嘛活啥])", "gan1"),
+    ("(?<=[晒擦吹晾烘沥风烤榨])干|(?<=[^的了])干(?=[^什嘛活啥])", "gan1"),
+    ("教(?=会?(?:[你我他她它您孩]|大家|学生))", "jiao1"),
+    ("(?<=[选猜射考押])中(?![国间央学专]|文(?![本件字]))|中(?=签(?!字)|[枪彩])|(?<![^又没他我你都])中(?=了)", "zhong4"),
+    ("弹(?=[出窗钢吉奏唱起])", "tan2"),
+    ("(?<![文学院语史理])系(?=[好上着紧鞋领扣])", "ji4"),
+    ("炸(?=[鸡酱薯油糕串丸虾鱼至])", "zha2"),
+    ("(?<=[渐慢静默悄轻缓偷狠断])地$", "de5"),
+    ("(?<=[电离质粒原男太光中孔因精棋])子", "zi3"),
 ))  # fmt: skip
 
 
@@ -557,8 +565,9 @@ def _bu_and_yi(characters: str, syllables: list[str], word_ends: set[int]) -> No
     for i, (character, after) in enumerate(itertools.pairwise(characters)):
         before, tone = characters[i - 1 : i], syllables[i + 1][-1:]
         counting = before in "零一二三四五六七八九十百千万亿第" if before else False
-        counting = counting or after in "零一二三四五六七八九点月号楼班级季" or before + character + after == "月一日"
-        if character in "不一" and before == after:
+        counting = counting or after in "零一二三四五六七八九月号楼班级季" or before + character + after == "月一日"
+        counting = counting or (after == "点" and characters[i + 2 : i + 3] in tuple("零一二三四五六七八九"))
+        if character in "不一" and before == after and before not in tuple("零二三四五六七八九点"):
             syllables[i] = syllables[i][:-1] + "5"
         elif character == "不":
             syllables[i] = "bu2" if tone == "4" else "bu4"
