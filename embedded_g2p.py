@@ -73,6 +73,8 @@ UNITS = {
     "ohm": ("欧姆", "ohms"), "kohm": ("千欧", "kilohms"), "Mohm": ("兆欧", "megohms"), "dB": ("分贝", "decibels"),
     "s": ("秒", "seconds"), "s^2": ("二次方秒", "seconds squared"), "ms": ("毫秒", "milliseconds"),
     "us": ("微秒", "microseconds"), "min": ("分钟", "minutes"), "h": ("小时", "hours"),
+    "mmHg": ("毫米汞柱", "millimeters of mercury"), "mmol": ("毫摩尔", "millimoles"), "mA": ("毫安", "milliamps"),
+    "kcal": ("千卡", "kilocalories"), "tsp": ("茶匙", "teaspoons"), "tbsp": ("汤匙", "tablespoons"),
     "fps": ("帧每秒", "frames per second"), "°C": ("摄氏度", "degrees Celsius"), "°": ("度", "degrees"),
     "°F": ("华氏度", "degrees Fahrenheit"),
 }  # fmt: skip
@@ -84,6 +86,7 @@ PER = {
     "person": ("人", "person"), "user": ("用户", "user"), "piece": ("件", "piece"), "lb": ("磅", "pound"),
 }  # fmt: skip
 PER_HAN = "年|月|日|天|周|晚|小时|时|分钟?|秒|人|户|次|个|件|台|瓶|只|张|本|节|公?斤|吨|克|升|公里|平方?米?|米|间"
+PER_HAN += "|度|股|桶|盎司|亩|盒|包|箱|套|位|千克|立方米"
 # symbol between two things: (Mandarin, English or "" where hibari knows it)
 OPERATORS = {
     "+": ("加", "plus"), "=": ("等于", ""), "×": ("乘", ""), "÷": ("除以", ""), "±": ("正负", ""), ">": ("大于", ""),
@@ -279,12 +282,33 @@ def _han_slash(match: re.Match[str]) -> str:
     return f"{_han_number(match[2])}分之{_han_number(match[1])}"
 
 
+def _han_scores(match: re.Match[str]) -> str:
+    """'比分25-23, 22:25' -> '比分25比23, 22比25'."""
+    return match[1] + re.sub("[-:]", "比", match[2])
+
+
+def _han_score(match: re.Match[str]) -> str:
+    """'3-1' -> '3比1': what falls is no range."""
+    return f"{match[1]}比{match[2]}" if int(match[1]) > int(match[2]) else match[0]
+
+
 def _han_clock(match: re.Match[str]) -> str:
     """'10:30' -> '十点三十分', '08:05:30' -> '八点零五分三十秒'."""
     hour, minute, second = match.groups()
     seconds = f"{_han_number(second)}秒" if second not in (None, "00") else ""
     minutes = f"{_han_number(minute)}分" if minute != "00" or seconds else ""
-    return f"{_han_number(str(int(hour)))}点{minutes}{seconds}"
+    return f"{'两' if int(hour) == 2 else _han_number(str(int(hour)))}点{minutes}{seconds}"
+
+
+def _han_years(match: re.Match[str]) -> str:
+    """'2024-25' -> '二零二四到二五'."""
+    return f"{_han_digits(match[1])}到{_han_digits(match[2])}"
+
+
+def _han_roman(match: re.Match[str]) -> str:
+    """'路易XIV' -> '路易十四'."""
+    values = [{"I": 1, "V": 5, "X": 10}[letter] for letter in match[0]]
+    return _han_number(str(sum(v if v >= after else -v for v, after in zip(values, [*values[1:], 0], strict=True))))
 
 
 def _han_date(match: re.Match[str]) -> str:
@@ -347,7 +371,7 @@ RULES = _rules([
     # one spelling: 2024-03-15T10:30Z, 1h 30m, 5m 30s, +/-5, H.264, $.50, $-5, $5-10
     (r"(?<=\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?", r" \1 "),
     (r"(?<=\d\d:\d\d) Z\b", " UTC"),
-    (r"(\d)h ?(\d+)m(?![a-z])", r"\1h \2min "),
+    (r"(\d)h ?(\d+)m(?:in)?(?![a-z])", r"\1h \2min "),
     (r"(\d)m ?(?=\d+s\b)", r"\1min "),
     (r"\+/-", "±"),
     (r"\b([A-Z])\.(?=\d)", r"\1 "),
@@ -364,12 +388,18 @@ ZH_RULES = _rules([
     ("(?<=[歼轰运直征舟宫娥风])-(?=[0-9])", ""),
     # dates, half days: 2024-03-15, 9am
     (DATE, _han_date),
+    (START + r"(0?[1-9]|[12]\d|3[01])/(0?[1-9]|1[0-2])/((?:19|20)\d\d)(?![\d/])", r"\3年\2月\1日"),
+    (START + r"(0?[1-9]|1[0-2])/([12]\d|3[01]|0?[1-9])/((?:19|20)\d\d)(?![\d/])", r"\3年\1月\2日"),
+    (START + r"(1[0-2]|0?[1-9])/([12]\d|3[01]|0?[1-9])(?=\s?(?:[上下]午|[早中晚]上|凌晨|\d{1,2}:\d\d))", r"\1月\2日"),
+    (r"(?<=\d)w(?![A-Za-z]|\s?的?(?:[快闪]?充|灯|功率|[有无]线|电))", "万"),
     (rf"([上下]午|早上|晚上|中午|凌晨)?\s?{TWELVE_HOURS}", _han_half_day),
     # between quantities: 2-1获胜, 10-2=8, 2019-2020年, 10-20%, 周一-周五; then 10:30, -5, -$5
-    (r"(比分|[以了])\s?(\d{1,3})-(?=\d{1,3}(?!\d))", r"\1\2比"),
+    (rf"((?:比分|局分)[是为:]? ?)({SCORE}(?:, ?{SCORE})*)(?![\d:-])", _han_scores),
+    (r"([以了])\s?(\d{1,3})-(?=\d{1,3}(?!\d))", r"\1\2比"),
     (r"(?<![\d-])(\d{1,3})-(?=\d{1,3}(?:获胜|取胜|战胜|击败|战平|领先|落后|大胜|险胜|逆转|不敌))", r"\1比"),
     (MINUS, "减"),
-    (rf"{START}(\d{{4}})\s?[-~]\s?(\d{{4}})(?=\s?年)", lambda m: f"{_han_digits(m[1])}到{_han_digits(m[2])}"),
+    (r"(?<![\w.,^:/第从栋座楼-])(\d{1,3})-(\d{1,3})(?=$|[,!?;:)\"”… ]|\.(?!\d))", _han_score),
+    (rf"{START}(\d{{4}})\s?[-~]\s?(\d{{4}}|\d\d)(?=\s?(?:[学财]?年|赛季))", _han_years),
     (RANGE, r"\1到"),
     ("(?<=[一二三四五六七八九十日月周点分])\\s?[-~]\\s?(?=[上下早晚周星一二三四五六七八九十])", "到"),
     (CLOCK, _han_clock),
@@ -380,17 +410,25 @@ ZH_RULES = _rules([
     # years and decades: 2024年 but 1500年历史, 90后, 1980s
     (r"(?<!\d)(1\d00|2000)\s?(?=年(?:前(?!后)|以前|来|之久|的?历史))", lambda m: _han_number(m[1])),
     (r"(?<!\d)(?!1000)(1\d{3}|20\d{2})\s?(?=年)", lambda m: _han_digits(m[1])),
+    (rf"(?<!\d)(?!2000)(19[5-9]\d|20[0-4]\d)\s?(?={YEAR_ENDS})", lambda m: _han_digits(m[1])),
+    (r"(?<!\d)(\d\d)(?=年(?:\d{1,2}月|毕业|出生|春晚))", lambda m: _han_digits(m[1])),
+    (r"(?<![\d.,])(6{3,}|23{3,})(?!\d|[.,]\d|%|" + COUNTED + ")", lambda m: _han_digits(m[1])),
+    (r"(?<![\d.,])(996(?=工作|制)|618(?=大促|购物|活动|期间))", lambda m: _han_digits(m[1])),
+    (r"(?<![\d.])(\d{1,2})[. ](\d{1,2})(?=[\"”]?(?:事件|晚会|地震|事变|惨案))", lambda m: _han_digits(m[1] + m[2])),
     (r"(?<!\d)(\d0)(?=后)", lambda m: _han_digits(m[1])),
     (r"(?<!\d)((?:1\d|20)\d0)s\b", lambda m: f"{_han_digits(m[1])}年代"),
     (r"(?<!\d)(\d{3,4})(?=[pP]\b)", lambda m: _han_digits(m[1])),
     (r"(?<!\d)(\d+)(?:st|nd|rd|th)\b", r"第\1"),
     (r"\b[Nn][Oo]\. ?(?=\d)", "第"),
+    (rf"(?<=第)[IVX]+(?=[{HANS}])", _han_roman),
+    (rf"(?<=[{HANS}])(?!X+(?!\w)|VI(?:设计|系统|手册))[IVX]{{2,5}}(?![A-Za-z\d])", _han_roman),
     # ratios, fractions, percentages: 16:9, 2 1/2, 24/7, 10 / 2, -5°C, 35%
     (rf"{START}({NUMBER})\s?:\s?({NUMBER})", r"\1比\2"),
     (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", lambda m: _han_digits(m[1]) + " "),
     (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1又"),
     (r"(?<![\w./])24/7(?![\w/])", "24 7"),
     (r"(?<=\d) / (?=\d)", "除以"),
+    (rf"(\d/\d{{1,3}})\s?({UNIT})", lambda m: m[1] + UNITS[m[2]][0]),
     (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/])", _han_slash),
     (rf"负({NUMBER})\s?(?=°C|摄氏度)", r"零下\1"),
     (rf"(?<!\d)({NUMBER})\s?%", r"百分之\1"),
@@ -408,10 +446,10 @@ ZH_RULES = _rules([
     (r"(?<=\d)\+(?!\s?\w)", "加"),
     (r"(?<=\d)\s?[xX]\s?(?=\d)", "乘"),
     # numbers: 2个, 1.2.3, iPhone 15, 1,234
-    (r"(?<![\d.])2(?=\s?(?:[个只本张条次位名件台辆家场周天年倍块种瓶杯顿份句遍岁克千万亿]|公[斤里]|小时|分钟))", "两"),
+    (rf"(?<![\d.第/A-Za-z-])(?<!\d比)2(?=(?:到\d+)?\s?(?:{PAIRED}))(?!点\d(?!\d))", "两"),
     (r"(?<!\d)\d+(?:\.\d+){2,}", lambda m: _han_digits(m[0])),
     (r"(?<=[A-Za-z])[-_]?(\d+(?:\.\d+)?)", _han_model),
-    (r"(?<=[A-Z]) (\d{4})(?!\d)", _han_model),
+    (rf"(?<=[A-Z]) (\d{{4}})(?!\d|{COUNTED})", _han_model),
     (NUMBER, lambda m: _han_number(m[0])),
     # what is left: R&D, 3×4, app.py, A/B, a lone letter
     (r"(?<=[A-Za-z])&(?=[A-Za-z])", " and "),
