@@ -19,7 +19,7 @@ import cn2an
 import jieba
 from hibari.g2p import G2P as EnglishG2P
 from hibari.g2p import numbers
-from hibari.g2p.normalize import MONTH_NAMES
+from hibari.g2p.normalize import MONTH_NAMES, ROMAN_CARDINAL, ROMAN_ORDINAL
 from hibari.g2p.normalize import normalize as expand_english
 from misaki.tone_sandhi import ToneSandhi
 from misaki.zh import ZHG2P
@@ -154,11 +154,12 @@ def _any(names: Iterable[str]) -> str:
 
 CURRENCY = f"(?:{_any(CURRENCIES)})"
 UNIT = f"(?:{'|'.join(re.escape(u) for u in sorted(UNITS, key=len, reverse=True))})(?![A-Za-z0-9^])"
-SCALE = r"\s?(?:(?:thousand|million|billion|trillion)\b|百万|千万|[千万亿])|(?:[kKmMbB]|[bmt]n)\b"
+SCALE = r"[\s-]?(?:(?:thousand|million|billion|trillion)\b|百万|千万|[千万亿])|(?:[kKmMbB]|[bmt]n)\b"
 # £1.5m, US$ 100, 100￥: groups are symbol, amount, scale, symbol; the last only where there is no first
 MONEY = rf"(?:({CURRENCY})\s?|{START})({NUMBER})({SCALE})?(?(1)|\s?({CURRENCY})(?!\w))"
 # 10-20%, 5kg~10kg, $5-$10, -10~-5°C: up to the mark between, which it takes; no more marks follow, as in 1-2-3
-QUANTITY = rf"-?(?:{CURRENCY}\s?)?{NUMBER}(?:{SCALE}|\s?(?:%|{UNIT}|[ap]m\b)|st|nd|rd|th|[元年月日号点岁个])*"
+HALF = r"[AaPp](?:[Mm]\b|\.[Mm]\.)"
+QUANTITY = rf"-?(?:{CURRENCY}\s?)?{NUMBER}(?:{SCALE}|\s?(?:%|{UNIT}|{HALF})|st|nd|rd|th|[元年月日号点岁个])*"
 RANGE = rf"(?<![\w.,^-])({QUANTITY})\s?[-~]\s?(?=-?(?:{CURRENCY}\s?)?(?!0\d)(?>{NUMBER})(?![-/]\d))"
 OPERAND = r"(?:\d[\d.]*|[A-Za-z](?![A-Za-z]))"
 MINUS = rf"(?:(?<=[\d)])|(?<=\b[A-Za-z]))\s?-\s?(?={OPERAND}(?:\s?[-+×÷*/]\s?{OPERAND}){{0,9}}\s?=)"  # 10-2=8
@@ -173,6 +174,7 @@ PHONE = r"(?<![\w.,-])(?:" + "|".join((
     r"\d{3}-\d{4}-\d{3,4}",  # 138-1234-5678
     r"(?:\(0\d{2,3}\) ?|0\d{2,3}[- ])\d{7,8}",  # (010)62345678
     r"0\d{2,4} \d{3,4} \d{3,4}",  # 0800 123 456
+    r"0\d{4} \d{6}",  # 07700 900123
     r"1[3-9]\d ?\d{4} ?\d{4}",  # 138 1234 5678
     r"[2-9]\d\d-(?!\d\d00)\d{4}",  # 555-1234, but 500-1000
 )) + r")(?![\w-])"
@@ -193,10 +195,20 @@ CODES = (
 )
 CODE_ENDS = "[室房]|号(?:房|楼|线)|报警|火警|急救|热线|订票|客服|服务台"
 HOTLINES = r"(?:12306|123[1-9]\d|100(?:86|10|01)|955\d\d|96110)"
+SCORE = r"\d{1,3}[-:]\d{1,3}"
+# what follows a year that has no 年, what follows a quantity, what is counted with 两
+YEAR_ENDS = f"[学财]年|赛季|[届款级版]|Q[1-4]|[{HANS}]{{0,4}}(?:世界杯|奥运|欧洲杯|亚运|春[节晚]|峰会)"
 COUNTED = r"\s?[个元块人次名斤米公里分秒小时天年万千百亿倍条张台件岁度本套页字篇多笔平发]"
+PAIRED = "[个只本张条次位名件台辆家场周天年倍块种瓶杯顿份句遍岁克千万亿点人元斤碗勺秒颗根把座部款项层]"
+PAIRED += "|公[斤里]|小时|分钟"
 SPELLED = "PIN|OTP|[Zz]ip(?: code)?|[Pp]ostcode|[Pp]ass(?:word|code)|[Cc]ode(?: is)?"
 CALLED = "(?:[Cc]all|[Dd]ial)(?:ing|l?ed|s)?"
 PERIOD = "(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun|Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]*|Q[1-4])"
+DAY_NAMES = "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"
+ROMAN_AFTER = _any([*ROMAN_CARDINAL, *ROMAN_ORDINAL])
+STREETS = {"St": "Street", "Ave": "Avenue", "Blvd": "Boulevard", "Rd": "Road"}
+NUMBERED = "[Rr]oom|[Ss]uite|[Ff]light|Boeing|[Rr]oute|[Hh]ighway|[Ee]rror|HTTP|[Pp]ort|Form"
+ADJECTIVE_ENDS = r"[ -](?!(?:to|or|and|in|for|of|from|per|on|at|is)\b)[A-Za-z]"
 SECONDS_AFTER = r"\b(?:for|in|after|every|within|takes?|took|wait|about|to|than|under|over|only|just) |[:=<>(~] ?|min "
 
 
@@ -255,7 +267,7 @@ def _han_model(match: re.Match[str]) -> str:
 def _money(match: re.Match[str]) -> tuple[str, str, tuple[str, str, str]]:
     """'£1.5m' -> '1.5', 'million', the names of £; a Han scale stays as it is."""
     before, number, scale, after = match.groups()
-    scale = (scale or "").strip()
+    scale = (scale or "").strip(" -")
     return number, SCALES.get(scale.lower(), scale), CURRENCIES[before or after]
 
 
@@ -339,16 +351,28 @@ def _counted(number: str, plural: str) -> str:
     return f" {_cardinal(number)} {_singular(plural) if number == '1' else plural}"
 
 
+def _adjective(match: re.Match[str]) -> bool:
+    """True between an article and a noun: a $5 bill, a 5kg bag."""
+    before, after = match.string[max(match.start() - 4, 0) : match.start()], match.string[match.end() : match.end() + 8]
+    return bool(re.search(r"(?<![A-Za-z])[Aa]n? $", before) and re.match(ADJECTIVE_ENDS, after))
+
+
 def _english_money(match: re.Match[str]) -> str:
     """'$3.50' -> 'three dollars and fifty cents', '$1.2M' -> 'one point two million dollars'."""
     number, scale, (_, name, hundredth) = _money(match)
     whole, _, cents = number.partition(".")
     if scale:
-        return f" {_cardinal(number)} {scale} {name}"
-    if not hundredth or len(cents) not in (0, 2):
-        return _counted(number, name)
+        return f" {_cardinal(number)} {scale} {_singular(name) if _adjective(match) else name}"
+    if not hundredth or len(cents) not in (0, 2) or (not cents and _adjective(match)):
+        return _counted(number, _singular(name) if _adjective(match) else name)
     parts = [_counted(n.lstrip("0") or "0", names) for n, names in ((whole, name), (cents, hundredth)) if n.strip("0,")]
     return " and".join(parts or [_counted(whole, name)])
+
+
+def _english_unit(match: re.Match[str]) -> str:
+    """'5kg' -> 'five kilograms', but 'a 5kg bag'."""
+    names = UNITS[match[2]][1]
+    return _counted(match[1], _singular(names) if _adjective(match) else names)
 
 
 def _english_slash(match: re.Match[str]) -> str:
@@ -356,7 +380,17 @@ def _english_slash(match: re.Match[str]) -> str:
     above, below = int(match[1]), int(match[2])
     if above < below <= 10 or (1 <= above <= 12 and 1 <= below <= 31):
         return match[0]
-    return f"{above} {'' if above + below == 100 else 'over' if above > below else 'out of'} {below}"
+    return f"{above} {'' if above + below == 100 or above == below else 'over' if above > below else 'out of'} {below}"
+
+
+def _english_label(match: re.Match[str]) -> str:
+    """'Room 305' -> 'Room three oh-five', 'port 6006' -> 'port six thousand six'."""
+    return f"{match[1]} {numbers.year(int(match[2]))}".replace(" and ", " ")
+
+
+def _period(name: str) -> str:
+    """'Mon' -> 'Monday', 'Jan' -> 'January', 'Q1' as it is."""
+    return next((whole for whole in (*DAY_NAMES, *MONTH_NAMES) if whole.startswith(name[:3])), name)
 
 
 def _english_date(match: re.Match[str]) -> str:
@@ -466,10 +500,18 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
     (PHONE, lambda m: ("plus " if m[0][0] == "+" else "") + _english_digits(m[0])),
     (rf"\b({SPELLED}) (\d{{3,}})(?![\d%~-]|[.,]\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
     (rf"\b({CALLED}) ([1-9]11|988|999|112)\b(?!,\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
+    (r", ([A-Z]{2}) (\d{5})(?![\d\w]|[,.]\d| [a-z])", lambda m: f", {m[1]} {_english_digits(m[2])}"),
+    (rf"\b({NUMBERED}) (\d{{3,4}})(?![\w%]|[.,:/-]\d)", _english_label),
+    (r"(?<=[a-z] )(St|Ave|Blvd|Rd)(?=$|,|\.?$| [NS][EW]\b| (?:in|at|and|to|on|near)\b)", lambda m: STREETS[m[1]]),
+    (r"\bp\. ?(?=\d)", "page "),
+    (r" '?[nN]'? (?=[A-Za-z])", lambda m: " and " if "'" in m[0] else m[0]),
+    (r"(?:(?<![\w'])|(?<=[QH]\d))'(?=\d\ds?\b)", " "),
     (DATE, _english_date),
     # between quantities: 10-2=8, Mon-Fri, 10-20%, 10:30-11:30; then 9am, 3:2
     (MINUS, " minus "),
-    (rf"\b({PERIOD})-(?={PERIOD}\b)|(?<=, \d{{4}})()-(?=[A-Z])", r"\1\2 to "),
+    (rf"\b({PERIOD})-({PERIOD})\b", lambda m: f"{_period(m[1])} to {_period(m[2])}"),
+    (r"(?<=, \d{4})-(?=[A-Z])", " to "),
+    (rf"\b({ROMAN_AFTER}) (?=[IVXLC][a-z])", r"\1_ "),  # hibari takes the C of King Charles for a number
     (RANGE, r"\1 to "),
     (START + r"(\d{1,2})\s?([AaPp])\.?[Mm]\b\.?", lambda m: f"{m[1]} {m[2].upper()}.M."),
     (rf"{START}(\d{{1,2}}):(\d|\d{{3,}})(?![\d:])", r"\1 to \2"),
@@ -482,14 +524,15 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
     (MONEY, _english_money),
     (rf"({SECONDS_AFTER})(\d0)s\b", r"\1\2 seconds"),
     (r"(?<!\d)((?:1\d|20)\d0|\d0)s\b", lambda m: re.sub("y$", "ie", numbers.year(int(m[1]))) + "s"),
-    (rf"{START}({NUMBER})\s?({UNIT})", lambda m: _counted(m[1], UNITS[m[2]][1])),
+    (rf"(\d/\d{{1,3}})\s?({UNIT})", lambda m: f"{m[1]} {_singular(UNITS[m[2]][1])}"),
+    (rf"{START}({NUMBER})\s?({UNIT})", _english_unit),
     # slashes: 2 1/2, 24/7, 10 / 2, 85/100
     (r"(?<!\d)((?:19|20)\d\d)/(?=\d\d(?![\d/]))", r"\1 "),
     (r"(?<![\d/])(\d{1,3})[ -](?=[1-9]/[2-9](?!\d))", r"\1 and "),
     (r"(?<![\w./])24/7(?![\w/])", "24 7"),
     (r"(?<=\d) / (?=\d)", " divided by "),
     (r"(?<![\w./])(\d{1,9})/(\d{1,9})(?![\w/]|\.\d)", _english_slash),
-    (r"(?<=\d/\d)(?=\.(?!\d))", " "),  # hibari knows no fraction before a full stop
+    (r"(?:(?<=\d/\d)|(?<=\d/\d\d))(?=\.(?!\d))", " "),  # hibari knows no fraction before a full stop
     # powers and operators: x^2, 5'11", ~5, 3x4, 6 + 1, 50+
     (r"\^([23])(?!\d)", lambda m: {"2": " squared", "3": " cubed"}[m[1]]),
     (r"(?<=\w) ?\^ ?\+?(-?\d+)", r" to the power of \1"),
@@ -501,6 +544,7 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
 ])  # fmt: skip
 EN_NUMBER_RULES = _rules([  # after hibari
     (r"(?<!\d)(\d{1,9})(?:st|nd|rd|th)\b", lambda m: numbers.ordinal(int(m[1]))),
+    (r"\s?%(?=[A-Za-z])", " percent "),
     (r"\s?%", " percent"),
     (r"(?<![\w)-])-(?=\d)", "minus "),
     (r"(?<=[A-Za-z])[-_]?(?=\d)|(?<=\d)[-_]?(?=[A-Za-z])", " "),
@@ -510,7 +554,8 @@ EN_NUMBER_RULES = _rules([  # after hibari
     (r"(?<=[A-Z] )(\d{4})(?!\d)", lambda m: numbers.year(int(m[1]))),
     (r"(?<=\d)[:/-](?=\d)", " "),
     (NUMBER, lambda m: _cardinal(m[0])),
-    # app.py, marks that are left, a lone letter
+    # sooo, nooo, yesss; app.py, marks that are left, a lone letter
+    (r"(?<=[a-zA-Z])(?:(o)o{2,}(?![dklmnpt])|([aesuyh])\2{2,})", r"\1\2"),
     (r"(?<=[A-Za-z]{2})\.(?=[a-z]{2})", " dot "),
     (rf"(?! ?[&@] ?)[{SYMBOLS}]+", " "),
     (r"(?:^|(?<= ))([b-hj-z])(?= |$)", lambda m: m[1].upper()),
@@ -676,9 +721,14 @@ def _all_han(text: str) -> bool:
 LEXICON_FREQUENCY = 10**6  # jieba prefers the word to any other cut
 PAUSES = " ,.;:!?…()\"“”—'-"
 SPACE_BEFORE_PAUSE = re.compile(" (?=[,.;:!?…)”])")
-LETTER_A = re.compile(r"^A$|\bA(?=[ -]+[A-Z]\b)|(?<=\b[A-Z][ -])A\b")
+LETTER_A = re.compile(
+    r"^A$|\bA(?=[ -]+[A-Z]\b)|(?<=\b[A-Z][ -])A\b|(?<=\ban )A\b|(?<=[a-z] )A(?= ?$|[,;:!?)]|\.(?![A-Z])| plus\b)"
+    r"|(?<=\b[Oo]ption )A\b|(?<=\b(?:[Pp]lan|[Tt]ype|[Tt]eam) )A\b|(?<=\b(?:[Gg]roup|[Cc]lass|[Gg]rade|[Pp]oint) )A\b"
+)
 # In a Mandarin voice a bare p is heard as b: the p, t, k that English breathes on are written as Mandarin's.
 BREATHED = re.compile("(?<![^ ])[ptk](?=[ˈˌɑɔəɛɜɪʊʌæiuAIOWYQɹlwj])|(?<=[^ s])[ptk](?=ˈ)")
+SHOUTED = re.compile(r"(?<![\w&])[A-Z']{2,}(?![\w&])")
+QUOTE = re.compile('["“”]')
 LONG_WORD = re.compile(r"\S{40}(?=\S)")  # hibari's time grows with the cube of a word's length
 
 
@@ -757,12 +807,20 @@ class G2P:
         _third_tones(by_word)
         return by_word
 
+    def _calm(self, word: re.Match[str]) -> str:
+        """'GO' -> 'go' in a line of capitals, where hibari takes it for a name and spells it; 'NASA' as it is."""
+        known = self._english.lexicon.golds
+        return word[0].lower() if word[0].lower() in known and word[0] not in known else word[0]
+
     def _latin(self, run: str) -> str:
         """Phonemes of Latin words; the marks around them stay as pauses."""
         body = run.strip(PAUSES)
         if not body:
             return run
         head, _, tail = run.partition(body)
+        if " " in body and body.isupper():
+            body = SHOUTED.sub(self._calm, body)
+        body = QUOTE.sub(r"[\g<0>](/\g<0>/)", body)  # else hibari reads a quotation mark with its word
         body = LETTER_A.sub("[A](/ˈA/)", body)  # hibari's own markup; a client's brackets are gone by now
         return head + self._english(LONG_WORD.sub(r"\g<0> ", body), normalize_text=False) + tail
 

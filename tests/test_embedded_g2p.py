@@ -1,6 +1,7 @@
 """Text to phonemes: what is said (speakable) and how (phonemes)."""
 
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -56,6 +57,13 @@ def test_any_han_character_makes_a_line_mandarin(text, mandarin):
 第3名 | 第三名
 2个人 | 两个人
 2万人 | 两万人
+第2次 | 第二次
+下午2点 | 下午两点
+凌晨2:30 | 凌晨两点三十分
+等2-3天 | 等两到三天
+赞10w | 赞十万
+路易XIV | 路易十四
+第IV节 | 第四节
 12个人 | 十二个人
 编号007 | 编号零零七
 版本1.2.3 | 版本一点二点三
@@ -70,6 +78,13 @@ def test_numbers_in_mandarin(text, spoken):
 1980s的歌 | 一九八零年代的歌
 2019-2020年 | 二零一九到二零二零年
 90后 | 九零后
+于2024巴黎奥运会 | 于二零二四巴黎奥运会
+2024Q3的 | 二零二四 Q 三的
+2023-2024学年 | 二零二三到二零二四学年
+24年11月 | 二四年十一月
+11/29上午 | 十一月二十九日上午
+29/11/2026的 | 二零二六年十一月二十九日的
+"9·11"事件 | "九一一"事件
 3月15日 | 三月十五日
 于2024-03-15 | 于二零二四年三月十五日
 于2024/3/15 | 于二零二四年三月十五日
@@ -190,6 +205,8 @@ def test_money_before_and_after_the_amount_in_mandarin(text, spoken):
 2024/25赛季 | 二零二四 二十五赛季
 以2-1战胜 | 以二比一战胜
 3-2获胜 | 三比二获胜
+破门，1-0 | 破门, 一比零
+比分是21:15，18-21 | 比分是二十一比十五, 十八比二十一
 得10-2=8 | 得十减二等于八
 1:1000的图 | 一比一千的图
 血压120/80 | 血压一百二十比八十
@@ -223,6 +240,8 @@ QQ：12345678吧 | QQ: 幺二三四五六七八吧
 12345个 | 一万二千三百四十五个
 打120元 | 打一百二十元
 打1,200分 | 打一千二百分
+VIP 1280元 | VIP 一千二百八十元
+996工作制 | 九九六工作制
 """))  # fmt: skip
 def test_codes_are_told_from_quantities_in_mandarin(text, spoken):
     assert speakable(text) == spoken
@@ -247,6 +266,9 @@ def test_spans_of_years_and_half_days_in_mandarin(text, spoken):
 重1kg/m³ | 重一公斤每立方米
 快5MB/s | 快五 MB 每秒
 要5元/kg | 要五元每公斤
+要12元/股 | 要十二元每股
+压120/80mmHg | 压一百二十比八十毫米汞柱
+加1/2kg面 | 加二分之一公斤面
 要$5/月 | 要五美元每月
 要3000元/平方米 | 要三千元每平方米
 吃5次/天 | 吃五次每天
@@ -343,6 +365,9 @@ for -$3.50 | for minus three dollars and fifty cents
 for $-5 | for minus five dollars
 for $5-10 | for five to ten dollars
 for $5-$10 million | for five dollars to ten million dollars
+a $5 bill | a five dollar bill
+a $2.5-billion deal | a two point five billion dollar deal
+a 5kg bag | a five kilogram bag
 """))  # fmt: skip
 def test_money_before_and_after_the_amount_in_english(text, spoken):
     assert speakable(text) == spoken
@@ -364,7 +389,7 @@ is 500-1000 | is five hundred to one thousand
 at 10:30-11:30 | at ten thirty to eleven thirty
 is 1-2-3 | is one two three
 won 3-2 | won three to two
-open Mon-Fri | open Mon to Fri
+open Mon-Fri | open Monday to Friday
 is 1st-3rd | is first to third
 in 2024/25 | in twenty twenty-four twenty-five
 is 10 - 2 = 8 | is ten minus two equals eight
@@ -390,6 +415,13 @@ is 2½ | is two and one half
 is 1-1/2 | is one and one half
 9am to 5pm | nine A.M. to five P.M.
 9-10am | nine to ten A.M.
+7 a.m.–10 p.m. | seven A.M. to ten P.M.
+9AM-5PM | nine A.M. to five P.M.
+see you on 11/29. | see you on November twenty-ninth.
+add 1/2 kg | add one half kilogram
+add 2 tbsp | add two tablespoons
+20/20 vision | twenty twenty vision
+Q1'24 | Q one twenty-four
 at 5 p.m. sharp | at five P.M. sharp
 At 5pm. Then | At five P.M. Then
 in the 30s | in the thirties
@@ -414,6 +446,9 @@ call 555-1234 | call five five five, one two three four
 call 911 now | call nine one one now
 call 911,000 people | call nine hundred eleven thousand people
 PIN 1234 | PIN one two three four
+Room 305 | Room three oh-five
+HTTP 404 | HTTP four oh-four
+on 5th Ave, NY 10001 | on fifth Avenue, NY one zero zero zero one
 """))  # fmt: skip
 def test_phones_in_english(text, spoken):
     assert speakable(text) == spoken
@@ -517,6 +552,19 @@ def test_client_text_cannot_inject_phonemes(g2p, text):
 三只小猫 | san1 zhi1 xiao3 mao1
 朋友的东西 | peng2 you5 de5 dong1 xi5
 妈妈 | ma1 ma5
+电子和男子 | dian4 zi3 he2 nan2 zi3
+弟弟长高了 | di4 di5 zhang3 gao1 le5
+这只猫 | zhe4 zhi1 mao1
+教我弹吉他 | jiao1 wo3 tan2 ji2 ta5
+被选为，设为 | bei4 xuan3 wei2 she4 wei2
+渐渐地，天黑了 | jian4 jian4 de5 tian1 hei1 le5
+他得了冠军 | ta1 de2 le5 guan4 jun1
+你得注意 | ni2 dei3 zhu4 yi4
+选中文本 | xuan3 zhong4 wen2 ben3
+系好安全带 | ji4 hao3 an1 quan2 dai4
+擦干，晒干 | ca1 gan1 shai4 gan1
+炸鸡 | zha2 ji1
+上调 | shang4 tiao2
 """))  # fmt: skip
 def test_polyphones_and_neutral_tones(g2p, text, pinyin):
     assert " ".join(g2p.pinyin(text)) == pinyin.replace("zhang2 da4", "zhang3 da4")
@@ -537,11 +585,23 @@ def test_polyphones_and_neutral_tones(g2p, text, pinyin):
 统一 | tong3 yi1
 一月一日 | yi1 yue4 yi1 ri4
 一百一十一 | yi4 bai3 yi1 shi2 yi1
+快一点 | kuai4 yi4 dian3
+九一九 | jiu3 yi1 jiu3
 玩儿 | wan2 er5
 女儿 | nv3 er2
 """))  # fmt: skip
 def test_tone_sandhi_and_erhua(g2p, text, pinyin):
     assert " ".join(g2p.pinyin(text)) == pinyin
+
+
+@pytest.mark.parametrize("text, like", table("""
+he said, "I'm fine." | he said, I'm fine.
+“That's it,” she said. | That's it, she said.
+King Charles III | king charles the third
+LET'S GO! I'M SO SORRY. | Let's go! I'm so sorry.
+"""))  # fmt: skip
+def test_english_is_read_alike(g2p, text, like):
+    assert re.sub('["“”]', "", g2p(text)) == g2p(like)
 
 
 def test_a_latin_word_in_mandarin_is_read_as_english(g2p):
