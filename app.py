@@ -804,7 +804,11 @@ def create_voice() -> Response:
 @api.delete("/audio/voices/<voice_id>")
 def delete_voice(voice_id: str) -> Response:
     """Forget a voice that a client made."""
-    if not speech().own_voices.remove(voice_id):
+    try:
+        known = speech().own_voices.remove(voice_id)
+    except OSError as error:
+        raise NoSpace(f"The voice could not be removed: {error.strerror}.") from None
+    if not known:
         raise UnknownVoice(f"There is no voice of your own with the id {printable(voice_id, 64)!r}.", "voice_id")
     return jsonify(id=voice_id, object="audio.voice.deleted", deleted=True)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
+
+log = logging.getLogger("speech.files")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -25,4 +28,14 @@ def write_whole(path: Path, data: bytes) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed server left half written."""
     for path in folder.glob("*.part"):
+        remove(path)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file; False, and a line in the log, where the disk does not let it go."""
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error.strerror)
+        return False
+    return True

@@ -24,14 +24,13 @@ import numpy as np
 import soundfile
 import soxr
 
-from files import remove_unfinished, write_whole
+from files import remove, remove_unfinished, write_whole
 from reference_audio import HEARD_S, BadReference, check_speech, decode
 from vllm_engine import Reference
 
 KEPT_RATE = 24_000  # Hz; IndexTTS works at 22 050 and 16 000
 TOKEN = re.compile(r"uploads/([0-9a-f]{64})\.wav")  # looks like a path, as the worker wants; is never used as one
 VOICE_ID = re.compile(r"voice_[0-9a-f]{24}")
-DECODERS = threading.Semaphore(2)  # decoding at once: what bounds its memory
 EXPIRE_EVERY_S = 600
 CACHED = 64  # uploads kept decoded: 15 s are 1.4 MB
 
@@ -68,7 +67,7 @@ class Uploads:
         digest = hashlib.sha256(wav).hexdigest()
         path = self._path(digest)
         with self._lock:
-            if not path.exists():
+            if not path.exists() or path.stat().st_size != len(wav):
                 write_whole(path, wav)
             self._use(path)
         self.expire()
@@ -85,7 +84,9 @@ class Uploads:
                     raise gone(path)
                 self._use(path)
             return read_upload(path)
-        except FileNotFoundError:
+        except (OSError, soundfile.LibsndfileError) as error:
+            if not isinstance(error, FileNotFoundError):
+                log.error("the upload %s cannot be read: %s", path, error)
             raise gone(path) from None
 
     def expire(self) -> None:
@@ -94,8 +95,7 @@ class Uploads:
             files = [(self._age_s(path, status), status.st_size, path) for path, status in self._files()]
             total = sum(size for _, size, _ in files)
             for age_s, size, path in sorted(files, reverse=True):
-                if age_s >= self._max_age_s or total > self._max_bytes:
-                    path.unlink(missing_ok=True)
+                if (age_s >= self._max_age_s or total > self._max_bytes) and remove(path):
                     self._used.pop(path, None)
                     total -= size
 
@@ -113,7 +113,7 @@ class Uploads:
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         try:
             return [(Path(entry.path), entry.stat()) for entry in os.scandir(self._folder) if entry.name[-4:] == ".wav"]
-        except FileNotFoundError:
+        except OSError:  # not there yet, or closed
             return []
 
     def _path(self, digest: str) -> Path:
@@ -161,7 +161,7 @@ class OwnVoices:
         remove_unfinished(self._folder)
         for path in self._folder.glob("voice_*.wav"):
             if not path.with_suffix(".json").exists():
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def all(self) -> list[OwnVoice]:
         """Return the voices, the oldest first."""
@@ -180,7 +180,7 @@ class OwnVoices:
                 told = {"name": name, "consent": consent, "created_at": voice.created_at}
                 write_whole(audio.with_suffix(".json"), json.dumps(told, ensure_ascii=False).encode())
             except OSError:
-                audio.unlink(missing_ok=True)
+                remove(audio)
                 raise
             self._voices[voice.id] = voice
         return voice

@@ -216,6 +216,34 @@ class TestUploads:
         start()
         assert kept(tmp_path) == []
 
+    def test_a_disk_that_lets_nothing_go_stops_no_start_and_no_tidying(self, start, tmp_path, monkeypatch, caplog):
+        cloner = start(upload_max_age_s=1)
+        path = upload(cloner).json["server_path"]
+        (tmp_path / "uploads" / "x.part").touch()
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own" / "voice_half.wav").touch()
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        service = cloner.application.extensions["speech"]
+        with monkeypatch.context() as closed:
+            closed.setattr("pathlib.Path.unlink", read_only)
+            time.sleep(1)
+            for tidy in (service.uploads.start, service.own_voices.start, service.uploads.expire):
+                tidy()
+            assert kept(tmp_path) == [path.removeprefix("uploads/"), "x.part"]
+        assert "cannot be removed: Read-only file system" in caplog.text
+        service.uploads.expire()
+        assert kept(tmp_path) == ["x.part"]
+
+    def test_a_damaged_one_is_refused_until_it_is_sent_again(self, cloner, tmp_path):
+        path = upload(cloner).json["server_path"]
+        (tmp_path / path).write_bytes(b"")
+        assert speak_like(cloner, path).status_code == 400
+        assert upload(cloner).json["server_path"] == path
+        assert speak_like(cloner, path).status_code == 200
+
     def test_an_upload_cannot_be_read_over_http(self, cloner):
         path = upload(cloner).json["server_path"]
         assert [cloner.get(f"/{where}").status_code for where in (path, f"static/{path}")] == [404, 404]
@@ -343,6 +371,17 @@ class TestOwnVoices:
         response = make_voice(cloner)
         assert response.status_code == 507 and response.json["error"]["code"] == "insufficient_storage"
         assert kept(tmp_path, "own") == [] and len(cloner.get(VOICES).json["voices"]) == 11
+
+    def test_one_that_the_disk_does_not_let_go_is_507(self, cloner, monkeypatch):
+        made = make_voice(cloner).json["id"]
+
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        with monkeypatch.context() as closed:
+            closed.setattr("pathlib.Path.unlink", read_only)
+            assert cloner.delete(f"{VOICES}/{made}").status_code == 507
+        assert cloner.delete(f"{VOICES}/{made}").status_code == 200
 
     def test_two_voices_may_have_one_name(self, cloner):
         assert make_voice(cloner).json["id"] != make_voice(cloner).json["id"]
