@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ QUIET = 10 ** (-50 / 20)  # -50 dBFS: a peak below it is silence
 WANTED = f"give {MIN_S:g} to {MAX_S:g} s of speech"
 CACHED = 64  # decoded files kept: 30 s at 48 kHz are 6 MB
 DECODER = Path(__file__).resolve().parent / "audio_decoder.py"
+DECODERS = threading.Semaphore(2)  # decoding at once: what bounds its memory
 DECODE_TIMEOUT_S = 60  # of waiting for a second of CPU: at a start on a busy machine ten were too few
 
 
@@ -42,7 +44,7 @@ def find_reference(name: str, folders: tuple[Path, ...], max_bytes: int) -> Path
                 continue
             found = path.lstat()
             linked = path.resolve(strict=True) != path
-        except (OSError, ValueError):  # not there, too long a name, a NUL in it
+        except (OSError, ValueError, RuntimeError):  # not there, a loop of links, too long a name, a NUL in it
             continue
         if linked or not stat.S_ISREG(found.st_mode):
             raise BadReference("it is not a plain file; links, folders and devices are not read")
@@ -70,6 +72,8 @@ def _load(path: Path, _changed_ns: int, _size: int) -> Reference:
         check_speech(samples, rate)
     except BadReference as error:
         raise BadReference(f"{path.name} {error}") from None
+    except OSError as error:
+        raise BadReference(f"{path.name} cannot be read: {error.strerror}") from None
     return Reference(samples, rate, hashlib.sha256(samples.tobytes() + str(rate).encode()).hexdigest())
 
 
@@ -80,7 +84,8 @@ def decode(data: bytes, seconds: float) -> tuple[np.ndarray, int]:
     """
     command = [sys.executable, "-I", str(DECODER), str(seconds)]
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_TIMEOUT_S)
+        with DECODERS:
+            done = subprocess.run(command, input=data, capture_output=True, timeout=DECODE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise BadReference("is not audio that can be decoded in reasonable time") from None
     if done.returncode == 2:

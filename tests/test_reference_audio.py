@@ -1,7 +1,10 @@
 """Reference audio: which files a name may mean, and what of them can be cloned."""
 
+import errno
 import io
 import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -60,6 +63,38 @@ def test_a_link_is_refused_wherever_it_stands(folder, tmp_path):
     for name in ("link.wav", "up/secret.wav"):
         with pytest.raises(BadReference, match="links"):
             find_reference(name, (folder,), LIMIT)
+
+
+def test_a_link_to_itself_is_not_found(folder):
+    (folder / "loop.wav").symlink_to(folder / "loop.wav")
+    assert find_reference("loop.wav", (folder,), LIMIT) is None
+
+
+def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    with pytest.raises(BadReference, match="me.wav cannot be read: Permission denied"):
+        load_reference(folder / "me.wav")
+
+
+def test_no_more_than_two_files_are_decoded_at_once(folder, monkeypatch):
+    running, most, run = [], [], subprocess.run
+
+    def counted(*command, **options):
+        running.append(1)
+        most.append(len(running))
+        try:
+            return run(*command, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr("reference_audio.subprocess.run", counted)
+    files = [write(folder / f"{number}.wav", speech_like(2 + number / 10)) for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert len(list(pool.map(load_reference, files))) == 6
+    assert max(most) == 2
 
 
 def test_folders_fifos_and_devices_are_refused(folder):
