@@ -495,6 +495,7 @@ class Speech:
         slowness = 1 / min(order.speed, 1)  # there is so much more audio of a text
         with self._admitted(len(order.text) * slowness, NATIVE_PLACES if order.patient else 0):
             self._await_loading(order)
+            self._check_emotion(order)
             for utterance, chunk, last in self._synthesized(order):
                 spoken = resample(chunk, order.sample_rate)
                 before = silence(0 if order.audio_s else REST_S / order.speed, order.sample_rate)
@@ -532,6 +533,15 @@ class Speech:
             time.sleep(CLIENT_CHECK_S)
         if reason := self.ailment():
             raise Unavailable(f"The service cannot speak now: {reason}.", code=reason if reason == "loading" else None)
+
+    def _check_emotion(self, order: Order) -> None:
+        """Raise InvalidRequest for an emotion in words where the model reads none, which it tells once it is loaded."""
+        if order.emotion.text and not self.engine.emotes_by_text:
+            param = "emo_text" if order.patient else "instructions"
+            raise InvalidRequest(
+                f"'{param}': this server's model has no emotion-text model (qwen0.6bemo4-merge); "
+                "give an emotion as a vector or as audio.", param, "no_emotion_text",
+            )  # fmt: skip
 
     def _synthesized(self, order: Order) -> Iterator[tuple[Utterance, AudioChunk, bool]]:
         """Yield each utterance with its audio; the next ones are being made meanwhile."""
@@ -938,7 +948,7 @@ def asked_emotion(body: SpeechRequest) -> Emotion:
         return Emotion(vector=tuple(body.emotion_vector))
     if body.emotion_audio:
         return Emotion(audio=resolve_emotion_audio(body.emotion_audio, "emotion_audio"))
-    return Emotion(text=emotion_text(body.instructions, "instructions") if body.instructions else None)
+    return Emotion(text=(body.instructions or "")[:MAX_EMOTION_CHARACTERS] or None)
 
 
 def asked_native_emotion(body: NativeRequest) -> Emotion:
@@ -948,7 +958,7 @@ def asked_native_emotion(body: NativeRequest) -> Emotion:
     if body.emo_control_method == 2:
         return Emotion(vector=tuple(body.emo_vec), random=body.emo_random)
     if body.emo_control_method == 3:
-        return Emotion(text=emotion_text(body.emo_text or body.text, "emo_text"), random=body.emo_random)
+        return Emotion(text=(body.emo_text or body.text)[:MAX_EMOTION_CHARACTERS], random=body.emo_random)
     if not body.emo_ref_path:
         raise InvalidRequest("'emo_ref_path': method 1 needs the path of an emotion's audio.", "emo_ref_path")
     return Emotion(resolve_emotion_audio(body.emo_ref_path, "emo_ref_path"), body.emo_weight)
@@ -960,16 +970,6 @@ def asked_cloned_emotion(body: CloningRequest, speaker: Reference) -> Emotion:
         return Emotion()
     audio = resolve_emotion_audio(body.emo_audio_path, "emo_audio_path")
     return Emotion() if audio.digest == speaker.digest else Emotion(audio, body.emo_alpha)
-
-
-def emotion_text(text: str, param: str) -> str:
-    """Return as much as the model that reads emotions out of words takes; raise InvalidRequest where there is none."""
-    if speech().engine.emotes_by_text:
-        return text[:MAX_EMOTION_CHARACTERS]
-    raise InvalidRequest(
-        f"'{param}': this server's model has no emotion-text model (qwen0.6bemo4-merge); "
-        "give an emotion as a vector or as audio.", param, "no_emotion_text",
-    )  # fmt: skip
 
 
 def answer(

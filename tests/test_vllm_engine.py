@@ -370,6 +370,18 @@ class TestEmotion:
         for response in (say_native(app, emo_control_method=3), say(app, instructions="Sound happy.")):
             assert response.status_code == 400 and "emotion-text model" in str(response.json["error"])
 
+    def test_while_the_model_loads_nobody_is_told_that_it_reads_no_emotion(self, app, engine, voice):
+        voice.emotes_by_text, engine._voice, service = True, None, app.extensions["speech"]
+        service.trouble = "loading"
+
+        def come():
+            engine._voice, service.trouble = voice, None
+
+        threading.Timer(0.5, come).start()
+        assert say(app, instructions="Sound happy.").json["error"]["code"] == "loading"
+        assert say_native(app, emo_control_method=3, emo_text="furious").status_code == 200
+        assert voice.asked[-1][2]["emotion"].text == "furious"
+
     def test_instructions_are_a_text(self, app, voice):
         voice.emotes_by_text = True
         assert say(app, instructions="Sound happy.").status_code == 200
