@@ -38,6 +38,7 @@ SHORT_MEMORY = {  # what is said where an engine does not start, and what to do
         "Where the log above says 'No available memory', raise {0}; where 'out of memory' or 'Free memory', lower {0}"
     ),
 }
+BECOMING_S = 0.1  # between fork and exec
 CLOSE_TIMEOUT_S = 10  # for the engine to let go of its processes before they are killed
 PASSING = (b"resource_tracker", b"audio_decoder.py")  # processes that are not the engine's: Python's bookkeeper, ours
 
@@ -140,7 +141,8 @@ class EngineLoop:
         """
         prepare_environment()
         before = set(descendants(os.getpid()))
-        threading.Thread(target=self._run, name="engine-loop", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
         try:
             self.voice = asyncio.run_coroutine_threadsafe(create(), self._loop).result()
         finally:
@@ -163,20 +165,25 @@ class EngineLoop:
         if reason := self.ailment():
             work.close()
             raise EngineDead(reason)
+        given_up = threading.Event()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         with self._lock:
             self._running.add(future)
         if self.ailment():  # it died in between
             future.cancel()
         try:
-            on_cancel(future.cancel)
+            on_cancel(lambda: (given_up.set(), future.cancel()))
             return future.result(timeout_s)
         except FutureTimeout:
             if future.done():
                 raise  # the work's own TimeoutError
             raise DeadlinePassed(f"the engine did not speak an utterance within {timeout_s:g} s") from None
         except CancelledError:
-            raise EngineDead(self._ailment) if self._ailment else GivenUp from None
+            if self._ailment:
+                raise EngineDead(self._ailment) from None
+            if not given_up.is_set():
+                raise RuntimeError("the engine cancelled an utterance that was still wanted") from None
+            raise GivenUp from None
         finally:
             future.cancel()  # waiting alone would leave the work in the engine
             with self._lock:
@@ -211,6 +218,8 @@ class EngineLoop:
         while not self._closing.wait(WATCH_S):
             gone = [f"{name} ({pid})" for pid, name in self._processes.items() if not is_alive(pid)]
             reason = f"the engine's process {gone[0]} has ended" if gone else self.voice and self.voice.ailment()
+            if not self._thread.is_alive():
+                reason = "the engine's thread has ended"
             if reason:
                 self._fail(reason)
                 return
@@ -293,13 +302,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def vital_name(pid: int) -> str | None:
+def vital_name(pid: int, once_more: bool = True) -> str | None:
     """Return a process's name, None for one without which an engine goes on."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         name = Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return None
+    if command == Path("/proc/self/cmdline").read_bytes():  # it is about to become another program
+        time.sleep(BECOMING_S)
+        return vital_name(pid, once_more=False) if once_more and is_alive(pid) else name
     return None if any(each in command for each in PASSING) else name
 
 

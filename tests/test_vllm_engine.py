@@ -1,5 +1,6 @@
 """The owner of a vLLM engine and what both vLLM engines share: a scripted voice, a real loop, real processes."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from vllm_engine import (
     descendants,
     end_processes,
     is_alive,
+    vital_name,
 )  # fmt: skip
 
 SPEECH = "/v1/audio/speech"
@@ -131,6 +133,28 @@ class TestOwner:
     def test_an_engine_that_says_it_is_dead_is_believed(self, owner, voice):
         voice.sick = "stage 0 is dead"
         until(lambda: owner.ailment() == "stage 0 is dead", 2)
+
+    def test_a_loop_that_ends_is_seen_within_two_seconds(self, owner):
+        owner._loop.call_soon_threadsafe(owner._loop.stop)  # as what raises SystemExit does
+        until(lambda: "thread has ended" in (owner.ailment() or ""), 2)
+
+    def test_work_that_the_engine_cancels_by_itself_is_a_fault(self, owner):
+        async def cancel():
+            raise asyncio.CancelledError
+
+        with pytest.raises(RuntimeError, match="still wanted"):
+            owner.run(cancel(), 5, ignore)
+
+    def test_a_process_that_becomes_another_is_judged_by_what_it_becomes(self):
+        became = os.fork()
+        if not became:
+            time.sleep(0.05)
+            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)", "audio_decoder.py"])
+        try:
+            assert vital_name(became) is None
+        finally:
+            os.kill(became, signal.SIGKILL)
+            os.waitpid(became, 0)
 
     def test_closing_leaves_no_process(self, owner, voice):
         owner.close()
