@@ -581,26 +581,58 @@ def speakable(text: str, respell: Callable[[str], str] = str) -> str:
 # === Mandarin readings ===
 
 NEUTRAL = frozenset(ToneSandhi().must_neural_tone_words)  # words whose last syllable has no tone: 朋友, 东西
+# N and a place word without a tone: 早上, 家里; what is said of people: 任先生 has the reading of a surname
+PLACE = re.compile("[早晚身脸手地头路床桌世街墙背嘴心]上|[这那哪家心手城嘴屋眼怀夜村房院店肚河梦水田园兜车山]里")
+TITLED = "(?=先生|小姐|女士|老师|警官)"
+NO_NAME = "前现上时历继连不去要检调审抽巡搜个小地社山校"  # 现任先生, 检查先生, 这个区老师
+SURNAMES = {
+    "解": "xie4", "仇": "qiu2", "单": "shan4", "区": "ou1", "查": "zha1", "任": "ren2", "曾": "zeng1", "朴": "piao2",
+    "葛": "ge3", "肖": "xiao1",
+}  # fmt: skip
 COUNT = "零一二三四五六七八九十百千万亿两几数每第"
+CHIEFS = "行校部市局科院队会船家组班村乡县省店社厂处首州团师司员察区营事厅族旅舰署谋尊计生增灵"  # 厅长; 生长
 # Readings of single characters where no phrase decides; the first that fits wins.
 POLYPHONES = tuple((re.compile(pattern), reading) for pattern, reading in (
     (f"(?<=[{COUNT}])行(?![人动业走程])", "hang2"),
     ("(?<=[^块片亩在的这那此本当土])地(?=[^方区点址面球位图铁板理带步下上产震域形势道名质])", "de5"),
-    ("得(?=了?[奖分病到第冠救胜名])", "de2"),
+    ("(?<=[受吃走做治忘免管少离办帮])得(?=了)", "de5"),
+    ("(?<=不)得|得(?=了?[奖分病到第冠救胜名])", "de2"),
     ("(?<=[我你您他她它们])得(?![了出以知益罪很]|不[到了])", "dei3"),
-    ("(?<=[就还都也总可必非不家人])得(?=[去来要把先有在等再想找多跟给看做走吃])", "dei3"),
-    ("(?<=[^获取所赢夺心])得(?=[^到了奖分出])", "de5"),
+    ("(?<=[就还都也总可必非家人])得(?=[去来要把先有在等再想找多跟给看做走吃死问说让])", "dei3"),
+    ("(?<=[^获取所赢夺心彼既])得(?=[^到了奖分出])", "de5"),
     (f"(?<=[{COUNT}])只|(?<=[这那哪])只(?![是要有能好会怕可不剩顾想在])", "zhi1"),
     (f"为(?=[{COUNT}])", "wei2"),
+    *((rf"(?<=(?<![可所难足加予])以[^前后来往及内外上下便免致至]{'.' * n})为(?![了什何此])", "wei2") for n in range(3)),
     ("(?<=[称成作视变分选评列升降设化约均名译任认誉之])(?<!建设)(?<!系列)为(?!了|什)|为(?=[例准由])", "wei2"),
-    ("(?<=不)了|(?<=[受吃走做治忘免管来少离]得)了|(?<=得)了(?=$|[啊吗呢])", "liao3"),
-    ("还(?=[了钱给债款清书])", "huan2"),
-    ("(?<![行校部市局科院队会船家组班村乡县省店社厂处首州团师司])长(?![得出成大高胖满着在])", "chang2"),
+    ("(?<=不)了|(?<=[受吃走做治忘免管来少离办帮]得)了|(?<=得)了(?=$|[啊吗呢])", "liao3"),
+    ("还(?=[了钱给债款清书]|我(?:钱|命|公道|清白|自由|孩子|儿子|女儿))", "huan2"),
+    ("(?<=[不得睡])着(?![边痕调实手重想])|着(?=了(?![解结然如不]))", "zhao2"),
+    ("(?<=[摔跌晕昏绊推击病累吓醉扑撞跪栽压滑打踢刮吹砍放仆拉])倒(?![是也不还没水茶酒掉进出入给])", "dao3"),
+    ("(?<=[树墙房屋楼人])倒(?=了)|(?<![水酒汤茶饭菜油])倒(?=在[地床沙血路雪草门椅泥怀他她我你脚街])", "dao3"),
+    ("(?<=[一好个])觉(?![得察悟醒])", "jiao4"),
+    ("(?<![这那各某何哪品此每多物变语树工兵菌有配两一二三四五六七八九十几的种])种(?=[了着满上下过棵])", "zhong4"),
+    ("转(?=[了着]?[一两几三半]?圈|悠|[个得]不停|一转)|(?<=[在直])转$|(?<=转一)转", "zhuan4"),
+    ("(?<=[围绕]着.)转(?!过)|(?<=[围绕]着..)转(?!过)", "zhuan4"),
+    ("盛(?=[了着好]?[一两半小几]?[碗勺盘饭汤粥]|[满着])", "cheng2"),
+    ("(?<=[一两半几三整])宿(?![舍营主命])", "xiu3"),
+    ("(?<![这那扇门窗电吊折风每一两三四五六几])扇(?=[了着]?[我你他她]|[了着][一两几]?[个巴耳下])", "shan1"),
+    ("(?<=[们干做懂爱][这那])行(?![不吗吧了得])|(?<=[这那])行(?=字)", "hang2"),
+    ("率(?=[军兵众]|部(?!分)|队(?!内))", "shuai4"),
+    ("(?<=[子间箱柜袋包盒室馆厅林睛雨雪夜话信戏脑])里(?![面头边外程氏])", "li5"),
+    *((f"(?<=姓)(?<!百姓){name}|(?<![{NO_NAME}]){name}{TITLED}", reading) for name, reading in SURNAMES.items()),
+    ("吐(?=了(?!一?[口句吐个]|出))|(?<=[想要])吐(?![露槽出痰])", "tu4"),
+    ("(?<![次人总岁分])数(?=到[一二三四五六七八九十百]|[一二三]下|钱)", "shu3"),
+    ("^啊", "a1"), ("^哇", "wa1"), ("^哦", "o4"), ("掺", "chan1"), ("拽", "zhuai4"), ("佛", "fo2"), ("椎", "zhui1"),
+    ("(?<=朝)鲜(?!花)", "xian3"), ("晟", "sheng4"), ("耶(?!$)", "ye1"), ("勒(?![住紧死着了脖得我你他她])", "le4"),
+    (f"(?<=[{COUNT}这那])幢", "zhuang4"),
+    (f"(?<![{CHIEFS}])长(?![得出成大高胖满着在老]|什么样|[这那]么大|了[一两几三满个])", "chang2"),
     ("重(?=[新来复做写试启])", "chong2"),
     ("谁", "shei2"),
-    ("(?<=[晒擦吹晾烘沥风烤榨])干|(?<=[^的了])干(?=[^什嘛活啥])", "gan1"),
+    ("(?<=[晒擦吹晾烘沥风烤榨哭喝流抹拧抽烧很太发唇肤嗓口眼服杯酒肉鱼泪汗墨])干(?![部什嘛啥])", "gan1"),
+    ("(?<=[乌赞桑玛])干|(?<=巴尔)干|干(?=[辣草柴粮树枯硬])", "gan1"),
     ("教(?=会?(?:[你我他她它您孩]|大家|学生))", "jiao1"),
-    ("(?<=[选猜射考押])中(?![国间央学专]|文(?![本件字]))|中(?=签(?!字)|[枪彩])|(?<![^又没他我你都])中(?=了)", "zhong4"),
+    ("(?<=[选猜射考押])中(?![国间央学专]|文(?![本件字]))|中(?=签(?!字)|[枪彩])", "zhong4"),
+    ("(?<![^又没他我你都说打砸相])中(?=了)", "zhong4"),
     ("弹(?=[出窗钢吉奏唱起])", "tan2"),
     ("(?<![文学院语史理])系(?=[好上着紧鞋领扣])", "ji4"),
     ("炸(?=[鸡酱薯油糕串丸虾鱼至])", "zha2"),
@@ -621,7 +653,8 @@ def _phones(syllable: str) -> str:
 def _pinyin(word: str) -> list[str]:
     """One syllable with tone digit for each character, '' where there is none; 儿 and the like lose their tone."""
     syllables = lazy_pinyin(word, Style.TONE3, neutral_tone_with_five=True, errors=lambda odd: [""] * len(odd))
-    if word in NEUTRAL or (len(word) > 1 and word[-1] == "儿"):
+    neutral = word in NEUTRAL or (len(word) == 3 and word[1:] in NEUTRAL) or PLACE.fullmatch(word)
+    if neutral or (len(word) > 1 and word[-1] == "儿"):
         syllables[-1] = syllables[-1][:-1] + "5"
     return syllables
 
@@ -744,6 +777,8 @@ class G2P:
         self._respellings: dict[str, str] = {}
         for word, reading in load_lexicon(ASSETS / "lexicon.txt").items():
             self._learn(word, reading)
+            if _all_han(word) and not self._jieba.FREQ.get(word):
+                self._jieba.add_word(word)
         for word, reading in load_lexicon(lexicon_file).items() if lexicon_file else ():
             self._learn(word, reading)
             if _all_han(word):
