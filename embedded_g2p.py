@@ -208,6 +208,7 @@ DAY_NAMES = "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 ROMAN_AFTER = _any([*ROMAN_CARDINAL, *ROMAN_ORDINAL])
 STREETS = {"St": "Street", "Ave": "Avenue", "Blvd": "Boulevard", "Rd": "Road"}
 NUMBERED = "[Rr]oom|[Ss]uite|[Ff]light|Boeing|[Rr]oute|[Hh]ighway|[Ee]rror|HTTP|[Pp]ort|Form"
+NO_STUTTER = "(?i:days?|tests?|tables?|tails?|shaped?|series|class|clamps?|hour|deficien)"  # D-day, S-shaped
 ADJECTIVE_ENDS = r"[ -](?!(?:to|or|and|in|for|of|from|per|on|at|is)\b)[A-Za-z]"
 SECONDS_AFTER = r"\b(?:for|in|after|every|within|takes?|took|wait|about|to|than|under|over|only|just) |[:=<>(~] ?|min "
 
@@ -402,6 +403,8 @@ def _english_date(match: re.Match[str]) -> str:
 # Each group undoes an ambiguity for those below it: what is no quantity, then marks that join quantities, then names
 # that stand by a number, then the numbers, then marks that are left.
 RULES = _rules([
+    # marks of subtitles: <i>, {\an8}, >> before a speaker, # around a song
+    (r"</?(?:[ibups]|em|strong|br|font|span)(?: +\w+ ?=[^<>]*)? ?/?>|\(\\[^()]*\)|^>{2,}|(?<!\S)#(?!\S)", " "),
     # one spelling: 2024-03-15T10:30Z, 1h 30m, 5m 30s, +/-5, H.264, $.50, $-5, $5-10
     (r"(?<=\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?", r" \1 "),
     (r"(?<=\d\d:\d\d) Z\b", " UTC"),
@@ -504,6 +507,10 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
     (rf"\b({NUMBERED}) (\d{{3,4}})(?![\w%]|[.,:/-]\d)", _english_label),
     (r"(?<=[a-z] )(St|Ave|Blvd|Rd)(?=$|,|\.?$| [NS][EW]\b| (?:in|at|and|to|on|near)\b)", lambda m: STREETS[m[1]]),
     (r"\bp\. ?(?=\d)", "page "),
+    # no abbreviation: Oh, no. The Sun. Then what is no word of its own: 'I know,' W-w-wait
+    (r"\b(no|fig|Jan|(?<=[Tt]he )Sun)\.(?! ?\d| of (?!course))", r"\1 ."),
+    (r"(?<![\w'])'(?=[A-Za-z])(?!n')((?:[^'\"“”]|(?<=\w)')*?[,.!?…—])'(?!\w)", r"“\1”"),
+    (rf"(?<![\w'-])(?:((?i:[b-df-hj-np-tv-z])[b-df-hj-np-tv-z]?)[-—])+(?=(?i:\1)[A-Za-z])(?!{NO_STUTTER})", ""),
     (r" '?[nN]'? (?=[A-Za-z])", lambda m: " and " if "'" in m[0] else m[0]),
     (r"(?:(?<![\w'])|(?<=[QH]\d))'(?=\d\ds?\b)", " "),
     (DATE, _english_date),
@@ -761,7 +768,8 @@ LETTER_A = re.compile(
 # In a Mandarin voice a bare p is heard as b: the p, t, k that English breathes on are written as Mandarin's.
 BREATHED = re.compile("(?<![^ ])[ptk](?=[ˈˌɑɔəɛɜɪʊʌæiuAIOWYQɹlwj])|(?<=[^ s])[ptk](?=ˈ)")
 SHOUTED = re.compile(r"(?<![\w&])[A-Z']{2,}(?![\w&])")
-QUOTE = re.compile('["“”]')
+STRESSED = re.compile(r"\b(?:HE|HIM|HER|GO)\b")  # in It was HIM
+QUOTE = re.compile('["“”…]')
 LONG_WORD = re.compile(r"\S{40}(?=\S)")  # hibari's time grows with the cube of a word's length
 
 
@@ -853,9 +861,8 @@ class G2P:
         if not body:
             return run
         head, _, tail = run.partition(body)
-        if " " in body and body.isupper():
-            body = SHOUTED.sub(self._calm, body)
-        body = QUOTE.sub(r"[\g<0>](/\g<0>/)", body)  # else hibari reads a quotation mark with its word
+        body = (SHOUTED if " " in body and body.isupper() else STRESSED).sub(self._calm, body)
+        body = QUOTE.sub(r"[\g<0>](/\g<0>/)", body)  # else hibari reads a quotation mark with its word, and loses …
         body = LETTER_A.sub("[A](/ˈA/)", body)  # hibari's own markup; a client's brackets are gone by now
         return head + self._english(LONG_WORD.sub(r"\g<0> ", body), normalize_text=False) + tail
 

@@ -473,6 +473,15 @@ if a ≠ b | if a is not B
 5'11" tall | five foot eleven tall
 ages 18+ | ages eighteen plus
 ~5 or +/-5 | about five or plus or minus five
+Oh, no. Of course no. of course | Oh, no. Of course no. of course
+no. 5 and no. of them | number five and number of them
+'I'm goin' home,' he said. | “I'm goin' home,” he said.
+The dogs' bowls, the cat's. | The dogs' bowls, the cat's.
+W-w-wait, th-that's it | wait, that's it
+D-Day, T-test, re-read | D-Day, T-test, re-read
+<i>Yes</i> {\\an8}Go, a < b | Yes Go, a less than B
+>> And now. | And now.
+# Happy birthday # | Happy birthday
 in H.264 | in H two hundred sixty-four
 v1.2.3 | V one point two point three
 """))  # fmt: skip
@@ -513,6 +522,10 @@ def test_clean_leaves_one_spelling(text, cleaned):
 def test_a_pause_and_its_space_survive(g2p, text):
     assert g2p(text)[g2p("你好").__len__()] in ",;.…"
     assert " ʂ" in g2p(text)
+
+
+def test_a_hesitation_keeps_its_pause(g2p):
+    assert g2p("I... I don't know") == "ˌI… ˌI dˈOnt nˈO"
 
 
 @pytest.mark.parametrize(
@@ -565,6 +578,30 @@ def test_client_text_cannot_inject_phonemes(g2p, text):
 擦干，晒干 | ca1 gan1 shai4 gan1
 炸鸡 | zha2 ji1
 上调 | shang4 tiao2
+我着了凉，睡不着 | wo3 zhao2 le5 liang2 shui4 bu4 zhao2
+试着了解，走着 | shi4 zhe5 liao2 jie3 zou3 zhe5
+谁干的，别干了 | shei2 gan4 de5 bie2 gan4 le5
+村干部，很干 | cun1 gan4 bu4 hen3 gan1
+倒在地上，倒在碗里 | dao3 zai4 di4 shang5 dao4 zai4 wan2 li3
+推倒，他倒是 | tui1 dao3 ta1 dao4 shi4
+睡了一觉，一觉醒来 | shui4 le5 yi2 jiao4 yi2 jiao4 xing3 lai2
+一觉得冷 | yi4 jue2 de5 leng3
+种了树，这种过程 | zhong4 le5 shu4 zhe4 zhong3 guo4 cheng2
+男朋友，不好意思 | nan2 peng2 you5 bu4 hao3 yi4 si5
+心里，公里，早上 | xin1 li5 gong1 li3 zao3 shang5
+以你为荣，可以为你 | yi2 ni3 wei2 rong2 ke2 yi3 wei4 ni3
+扇了他，这扇他 | shan1 le5 ta1 zhe4 shan4 ta1
+盛碗汤，茂盛 | cheng2 wan3 tang1 mao4 sheng4
+转了一圈，转身 | zhuan4 le5 yi4 quan1 zhuan3 shen1
+数到三，人数到三 | shu3 dao4 san1 ren2 shu4 dao4 san1
+任先生，现任先生 | ren2 xian1 sheng5 xian4 ren4 xian1 sheng5
+检查先生，百姓任何人 | jian3 cha2 xian1 sheng5 bai3 xing4 ren4 he2 ren2
+眼泪干了 | yan3 lei4 gan1 le5
+外地人，不得有误 | wai4 di4 ren2 bu4 de2 you3 wu4
+旅长，他长什么样 | lv2 zhang3 ta1 zhang3 shen2 me5 yang4
+照片，朝鲜语 | zhao4 pian4 chao2 xian2 yu3
+佛说，仿佛 | fo2 shuo1 fang3 fu2
+你们都得死 | ni3 men5 dou1 dei2 si3
 """))  # fmt: skip
 def test_polyphones_and_neutral_tones(g2p, text, pinyin):
     assert " ".join(g2p.pinyin(text)) == pinyin.replace("zhang2 da4", "zhang3 da4")
@@ -599,6 +636,8 @@ he said, "I'm fine." | he said, I'm fine.
 “That's it,” she said. | That's it, she said.
 King Charles III | king charles the third
 LET'S GO! I'M SO SORRY. | Let's go! I'm so sorry.
+It was HIM! | It was him!
+Get 'em, boys | Get them, boys
 """))  # fmt: skip
 def test_english_is_read_alike(g2p, text, like):
     assert re.sub('["“”]', "", g2p(text)) == g2p(like)
