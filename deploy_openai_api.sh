@@ -85,6 +85,7 @@ readonly PUT_BACK_TIMEOUT_S=300  # patience with the previous one: there is noth
 readonly VERIFY_TIMEOUT_S=10   # for the first words, where HEALTH_TIMEOUT_S is all but over
 
 SWITCHING=''  # the backup to put back, while a release is being exchanged
+TOLD=''       # die has said why, and with which status
 STOPPED=''    # a server was told to end, and none serves in its place yet
 FAILURES=0
 
@@ -92,7 +93,7 @@ FAILURES=0
 
 # === Words ===
 
-die()   { local status=$1; shift; note "ERROR: $*" >&2; exit "$status"; }
+die()   { local status=$1; shift; TOLD=1; note "ERROR: $*" >&2; exit "$status"; }
 log()   { note "$(date +%H:%M:%S) $*"; }
 
 # Say a line, and keep it; where the connection has broken nobody hears it.
@@ -455,7 +456,7 @@ check_folder() {
   until [[ -e $place ]]; do place=$(dirname -- "$place"); done
   [[ -d $place ]] || { fail "$place is no folder"; return 0; }
   [[ -w $place ]] || fail "$place cannot be written to"
-  need=$(du -sk -- "${RELEASE_FILES[@]/#/$SOURCE/}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
+  need=$(cd "$SOURCE" && du -sk -- "${RELEASE_FILES[@]}" | awk '{sum += $1} END {print int(sum / 1024 * 3) + 5}')
   free=$(df -Pm -- "$place" | awk 'END {print $4}')
   if ((free >= need)); then pass "disk: $free MB free"; else fail "disk: $free MB free in $place, $need are needed"; fi
   [[ ! -e $UNFINISHED ]] || hint "an earlier deploy was interrupted; $(<"$UNFINISHED") will be put back first"
@@ -506,11 +507,13 @@ check_import() {
 # It is built in APP_DIR, where it will serve: settings may name files there.
 built_from() {
   cd "$APP_DIR" 2>/dev/null || cd "$1" || return 1
-  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH}
+  export TTS_INDEXTTS_DIR=${TTS_INDEXTTS_DIR:-$APP_DIR} PYTHONDONTWRITEBYTECODE=1
   timeout 120 "$PYTHON" -P -c '
+import sys
+sys.path.insert(0, sys.argv[1])  # PYTHONPATH would part a folder at its colon
 import app
 speech = app.create_app().extensions["speech"]
-print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")'
+print(f"app.py: engine {speech.engine.name}, {len(speech.voices.voices)} voices")' "$1"
 }
 
 check_gpu() {
@@ -805,7 +808,7 @@ on_exit() {
     else status=$EXIT_DOWN; note "ERROR: that failed, and nothing is known to serve; see $SERVER_LOG" >&2
     fi
   fi
-  if ((status == 1 || status > EXIT_DOWN)); then status=$EXIT_UNCHANGED; fi
+  if ((status)) && [[ ! $TOLD && ! $SWITCHING ]]; then status=$EXIT_UNCHANGED; fi
   if [[ $STOPPED ]] && ((status == EXIT_UNCHANGED)); then
     status=$EXIT_DOWN; note "ERROR: nothing is known to serve; start it, or see status" >&2
   fi
@@ -1011,6 +1014,11 @@ over_ssh() {
 # === Actions ===
 
 acquire_lock() {
+  local command needed=(curl flock nohup)
+  [[ $ACTION != stop ]] || needed=(flock)
+  for command in "${needed[@]}"; do
+    type -P "$command" >/dev/null || die "$EXIT_UNCHANGED" "the command $command is missing; nothing was changed"
+  done
   [[ $ACTION == deploy || -d $APP_DIR ]] || die "$EXIT_UNCHANGED" "there is no folder $APP_DIR; nothing was changed"
   mkdir -p -- "$APP_DIR" 2>/dev/null || die "$EXIT_UNCHANGED" "$APP_DIR cannot be made"
   exec 9<"$APP_DIR"

@@ -28,7 +28,7 @@ from serving import REPOSITORY, free_port
 
 DONE, UNHEALTHY, USAGE, UNCHANGED, ROLLED_BACK, DOWN = range(6)
 FAULTS = ("boot", "unhealthy", "loading", "silence", "rate", "short", "noise", "voices")
-FOLDER = "index tts 语音"  # a space and Chinese characters in every path
+FOLDER = "index: tts & 语音"  # what shells and paths part at, and Chinese characters, in every path
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +115,17 @@ def test_a_release_that_is_not_whole_changes_nothing(lasting, tmp_path):
     status, said = lasting.run(source=release)
     assert (status, lasting.files()) == (UNCHANGED, before)
     assert "voices.json is missing" in said
+
+
+@pytest.mark.parametrize("action", ["deploy", "restart", "rollback"])
+def test_without_a_command_that_it_needs_nothing_changes(lasting, tmp_path, action):
+    for program in (Path(folder) / name for folder in ("/usr/bin", "/bin") for name in os.listdir(folder)):
+        if program.name != "curl" and not (tmp_path / program.name).is_symlink():
+            (tmp_path / program.name).symlink_to(program)
+    before = settled(lasting)
+    status, said = lasting.run(action, PATH=str(tmp_path))
+    assert (status, settled(lasting)) == (UNCHANGED, before) and "curl is missing" in said, said
+    assert lasting.release() == lasting.first
 
 
 def test_the_release_has_every_module():
