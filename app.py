@@ -33,7 +33,8 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -619,12 +620,16 @@ class Speech:
     def _await(self, future: Future, order: Order) -> AudioChunk:
         """Wait for an utterance; raise ClientGone within CLIENT_CHECK_S of the client's leaving, or Unavailable."""
         deadline = time.monotonic() + self.settings.utterance_timeout_s
-        while not wait([future], CLIENT_CHECK_S).done:
-            if order.is_gone():
-                raise ClientGone
-            if time.monotonic() > deadline:
-                raise Unavailable("The engine did not come to this text in time.", code="timeout")
-        return future.result()
+        while True:
+            try:
+                return future.result(timeout=CLIENT_CHECK_S)
+            except FutureTimeout:
+                if future.done():  # just now; or the TimeoutError is the engine's own
+                    return future.result()
+                if order.is_gone():
+                    raise ClientGone from None
+                if time.monotonic() > deadline:
+                    raise Unavailable("The engine did not come to this text in time.", code="timeout") from None
 
 
 # === App ===
@@ -991,9 +996,7 @@ def answer(
         response = Response(server_sent_events(rest, order), content_type="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
     elif in_one_piece:
-        body = b"".join(rest)
-        response = Response(pieces(body), content_type=fmt.content_type)
-        response.content_length = len(body)
+        response = whole_response(b"".join(rest), fmt.content_type)
         response.headers["X-Audio-Duration"] = f"{order.audio_s:.3f}"
     else:
         response = Response(rest, content_type=fmt.content_type)
@@ -1009,9 +1012,12 @@ def answer(
     return response
 
 
-def pieces(body: bytes) -> Iterator[bytes]:
-    """Cut an answer up: a client has SEND_TIMEOUT_S for each piece, not for all of it."""
-    return (body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES))
+def whole_response(body: bytes, content_type: str) -> Response:
+    """Answer with all at once, a long one cut up: a client has SEND_TIMEOUT_S for each piece, not for all of it."""
+    if len(body) <= PIECE_BYTES:
+        return Response(body, content_type=content_type)
+    pieces = (body[start : start + PIECE_BYTES] for start in range(0, len(body), PIECE_BYTES))
+    return Response(pieces, content_type=content_type, headers={"Content-Length": str(len(body))})
 
 
 def noted(parts: Iterator[bytes], order: Order, kind: str, environ: dict[str, Any]) -> Iterator[bytes]:
