@@ -362,10 +362,12 @@ def _english_money(match: re.Match[str]) -> str:
     """'$3.50' -> 'three dollars and fifty cents', '$1.2M' -> 'one point two million dollars'."""
     number, scale, (_, name, hundredth) = _money(match)
     whole, _, cents = number.partition(".")
+    if (scale or not cents) and _adjective(match):
+        name = _singular(name)
     if scale:
-        return f" {_cardinal(number)} {scale} {_singular(name) if _adjective(match) else name}"
-    if not hundredth or len(cents) not in (0, 2) or (not cents and _adjective(match)):
-        return _counted(number, _singular(name) if _adjective(match) else name)
+        return f" {_cardinal(number)} {scale} {name}"
+    if not hundredth or len(cents) not in (0, 2):
+        return _counted(number, name)
     parts = [_counted(n.lstrip("0") or "0", names) for n, names in ((whole, name), (cents, hundredth)) if n.strip("0,")]
     return " and".join(parts or [_counted(whole, name)])
 
@@ -503,7 +505,7 @@ EN_RULES = _rules([  # before hibari, which reads clocks, dates, fractions, rang
     (PHONE, lambda m: ("plus " if m[0][0] == "+" else "") + _english_digits(m[0])),
     (rf"\b({SPELLED}) (\d{{3,}})(?![\d%~-]|[.,]\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
     (rf"\b({CALLED}) ([1-9]11|988|999|112)\b(?!,\d)", lambda m: f"{m[1]} {_english_digits(m[2])}"),
-    (r", ([A-Z]{2}) (\d{5})(?![\d\w]|[,.]\d| [a-z])", lambda m: f", {m[1]} {_english_digits(m[2])}"),
+    (r", ([A-Z]{2}) (\d{5})(?!\w|[,.]\d| [a-z])", lambda m: f", {m[1]} {_english_digits(m[2])}"),
     (rf"\b({NUMBERED}) (\d{{3,4}})(?![\w%]|[.,:/-]\d)", _english_label),
     (r"(?<=[a-z] )(St|Ave|Blvd|Rd)(?=$|,|\.?$| [NS][EW]\b| (?:in|at|and|to|on|near)\b)", lambda m: STREETS[m[1]]),
     (r"\bp\. ?(?=\d)", "page "),

@@ -366,6 +366,7 @@ for $-5 | for minus five dollars
 for $5-10 | for five to ten dollars
 for $5-$10 million | for five dollars to ten million dollars
 a $5 bill | a five dollar bill
+a $1 bill | a one dollar bill
 a $2.5-billion deal | a two point five billion dollar deal
 a 5kg bag | a five kilogram bag
 """))  # fmt: skip

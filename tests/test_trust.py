@@ -326,6 +326,11 @@ class TestSlowClients:
         assert head.startswith(b"HTTP/1.1 4") and b"x-request-id: req_" in head
         assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
 
+    def test_no_header_says_where_the_application_lies(self, server):
+        head = b"GET /health HTTP/1.1\r\nHost: a\r\nSCRIPT_NAME: /x\r\nConnection: close\r\n\r\n"
+        with connect(server, head) as client:
+            assert client.recv(12) == b"HTTP/1.1 200"
+
     def test_half_sent_headers_are_hung_up_on(self, server):
         client = connect(server, b"POST /v1/audio/speech HTTP/1.1\r\nHost")
         client.settimeout(25)
