@@ -58,15 +58,13 @@ CONVOLUTIONS = (
     ("Mul", ("Cast", _CONVOLUTION), SCALE),
 )
 PRODUCT = ("Mul", ("Cast", ("MatMulInteger", _QUANTISED, "WEIGHT", "zero", "WEIGHT_ZERO")), SCALE)
-SINE_SQUARED = ("Pow", ("Sin", "x"), "TWO")
 ELEMENTWISE = (
-    "Add", "Sub", "Mul", "Div", "Mod", "Pow", "Sqrt", "Max", "LeakyRelu", "QuantizeLinear", "DequantizeLinear",
+    "Abs", "Add", "Sub", "Mul", "Div", "Mod", "Pow", "Sqrt", "Max", "LeakyRelu", "QuantizeLinear", "DequantizeLinear",
 )  # fmt: skip
 # Kernels are compiled for each length anew. Those of some twenty lengths stay, 130 MB: one met again takes 0.85 of the
 # time, and most utterances have one of twenty (embedded_voice.py's STEP_FRAMES).
 KEPT_KERNELS = 1000
 KEPT_BUILDS = 2  # decoders in the cache folder, 72 MB each: this release's, and the one that a rollback goes back to
-DOUBLINGS = 4  # of the angle, from where two terms of the cosine do
 
 
 class Range(NamedTuple):
@@ -206,11 +204,21 @@ class Snakes(Surgery):
             return False
         x, c = found["x"], found["ALPHA"]
         a, b = self.norm(x, found)
-        angle = self.op("Add", self.op("Mul", x, self.op("Mul", a, c)), self.op("Mul", b, c))
-        wave = self.op("Pow", self.op("Sin", angle), number(2))
-        wave = self.op("Mul", wave, self.op("Div", found["INVERSE_ALPHA"], a))
+        rate = self.op("Mul", c, number(1 / np.pi))
+        turns = self.op("Add", self.op("Mul", x, self.op("Mul", a, rate)), self.op("Mul", b, rate))
+        wave = self.op("Mul", self.sine_squared(turns), self.op("Div", found["INVERSE_ALPHA"], a))
         self.op("Add", self.op("Mul", self.op("Add", wave, x), a), b, output=node.output[0])
         return True
+
+    def sine_squared(self, turns: str) -> str:
+        """Append sin(pi t)^2 = cos(pi y)^2 of y = |t| less its whole part and a half, the cosine by a parabola of y^2.
+
+        Off by 4e-4 at most, and half the time of a cosine exact to six digits.
+        """
+        a, b, c = (number(term) for term in cosine_terms())
+        y = self.op("Add", self.op("Abs", self.op("Mod", turns, number(1), fmod=1)), number(-0.5))
+        parabola = self.op("Pow", self.op("Add", self.op("Pow", y, number(2)), a), number(2))
+        return self.op("Pow", self.op("Add", self.op("Mul", parabola, b), c), number(2))
 
     def norm(self, x: str, found: dict[str, str]) -> tuple[str, str]:
         """Append a and b, [1, channels, 1] each: the variance is what the mean square is over the squared mean."""
@@ -248,7 +256,7 @@ class ForOpenVINO(Surgery):
         """Replace what there is a float or int8 form of."""
         if node.op_type == "ConvInteger":
             self._attributes[node.input[1]] = attributes_of(node)
-        return self.convolution(node) or self.product(node) or self.sine(node) or self.longer(node) or self.stft(node)
+        return self.convolution(node) or self.product(node) or self.longer(node) or self.stft(node)
 
     def convolution(self, node: NodeProto) -> bool:
         """ConvInteger with its scale and bias -> Conv."""
@@ -343,23 +351,6 @@ class ForOpenVINO(Surgery):
         """Return the weight that a pattern found, as the numbers it stands for."""
         steps, zero, scale = (self.array(found[name]) for name in ("WEIGHT", "WEIGHT_ZERO", "WEIGHT_SCALE"))
         return (steps.astype(np.float32) - zero) * scale
-
-    def sine(self, node: NodeProto) -> bool:
-        """sin(x)^2 -> (1 - cos 2x) / 2, the cosine doubled up from a sixteenth of the angle.
-
-        x / pi less its whole part keeps its sign, so the angle is within +-2 pi; cos 2a = 2 cos(a)^2 - 1.
-        """
-        found: dict[str, str] = {}
-        if not self.match(node, SINE_SQUARED, found):
-            return False
-        turns = self.op("Mod", self.op("Mul", found["x"], number(1 / np.pi)), number(1), fmod=1)
-        a, b = cosine_terms()
-        wave = self.op("Add", self.op("Pow", turns, number(2)), number(a / (2 * b)))
-        wave = self.op("Add", self.op("Mul", self.op("Pow", wave, number(2)), number(b)), number(1 - a * a / (4 * b)))
-        for _ in range(DOUBLINGS):
-            wave = self.op("Add", self.op("Mul", self.op("Pow", wave, number(2)), number(2)), number(-1))
-        self.op("Add", self.op("Mul", wave, number(-0.5)), number(0.5), output=node.output[0])
-        return True
 
     def longer(self, node: NodeProto) -> bool:
         """ConvTranspose over two strides -> a product of three frames that gives all of a stride, and a transposition.
@@ -475,9 +466,10 @@ def number(value: float) -> np.ndarray:
 
 
 @cache
-def cosine_terms() -> tuple[float, float]:
-    """Return a and b of cos(2 pi t / 2^DOUBLINGS) = 1 + a t^2 + b t^4 for t of -1 to 1, by least squares."""
-    turn = 2 * np.pi / 2**DOUBLINGS
-    t = np.linspace(0, 1, 400)
-    (a, b), *_ = np.linalg.lstsq(np.stack([t**2, t**4], 1), np.cos(turn * t) - 1, rcond=None)
-    return float(a), float(b)
+def cosine_terms() -> tuple[float, float, float]:
+    """Return a, b and c of cos(pi y) = b (y^2 + a)^2 + c for y of -0.5 to 0.5: least squares of the cosine squared."""
+    y = np.linspace(-0.5, 0.5, 401)
+    cosine = np.cos(np.pi * y)
+    (b, middle, last), *_ = np.linalg.lstsq(np.stack([y**4, y**2, y**0], 1) * cosine[:, None], cosine**2, rcond=None)
+    a = middle / (2 * b)
+    return float(a), float(b), float(last - b * a * a)
