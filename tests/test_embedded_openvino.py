@@ -103,16 +103,30 @@ def test_an_integer_product_is_one_of_the_numbers_that_its_weights_stand_for():
     assert np.allclose(run_in_openvino(rewritten, signal), run(rewritten, signal), atol=1e-4)
 
 
-@pytest.mark.parametrize(("pads", "quantised"), [((1, 1), True), ((0, 0), True), ((1, 1), False)])
-def test_a_convolution_in_int8_is_near_the_one_in_float(pads, quantised, monkeypatch):
+@pytest.mark.parametrize(("kernel", "dilation", "pads"), [
+    (3, 1, (1, 1)), (3, 1, (0, 0)), (4, 1, (2, 1)), (3, 5, (5, 5)), (7, 3, (9, 0)),
+])  # fmt: skip
+def test_a_convolution_in_int8_is_near_the_one_in_float(kernel, dilation, pads, monkeypatch):
     monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
-    model = quantised_convolution(3, pads=pads, channels=32, outputs=64 if quantised else 48)
+    model = quantised_convolution(kernel, dilation=dilation, pads=pads, channels=32, outputs=64)
     signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
     rewritten = ForOpenVINO(model, {"x": Range(signal.min(), signal.max(), np.ones(32))}).result()
-    assert ("QuantizeLinear" in operators(rewritten)) == quantised
+    assert "QuantizeLinear" in operators(rewritten)
+    [convolution] = [node for node in nodes_of(rewritten).values() if node.op_type == "Conv"]
+    assert attributes_of(convolution)["pads"] == [0, 0]
     exact = run(ForOpenVINO(model, None).result(), signal)
-    for result in (run(rewritten, signal), run_in_openvino(rewritten, signal)):
+    wide = run_in_openvino(ChannelsLast(rewritten).result(), signal)
+    for result in (run(rewritten, signal), run_in_openvino(rewritten, signal), wide.reshape(exact.shape)):
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.02 * exact.std()
+
+
+def test_a_small_convolution_stays_in_float(monkeypatch):
+    monkeypatch.setattr(embedded_openvino, "GENERATOR", "x")
+    model = quantised_convolution(3, pads=(1, 1), channels=32, outputs=48)
+    signal = np.random.default_rng(2).normal(size=(1, 32, 200)).astype(np.float32)
+    rewritten = ForOpenVINO(model, {"x": Range(signal.min(), signal.max(), np.ones(32))}).result()
+    assert "QuantizeLinear" not in operators(rewritten)
+    assert np.allclose(run(rewritten, signal), run(ForOpenVINO(model, None).result(), signal), atol=1e-4)
 
 
 def test_two_products_of_neighbouring_weights_are_within_16_bits():
@@ -182,24 +196,36 @@ def test_a_snake_of_a_norm_whose_gain_is_nothing_is_one_of_its_bias():
 def test_the_chain_is_the_sine_squared(scale):
     surgery = Snakes(model_of([], {}, 4))
     surgery.op("Identity", surgery.sine_squared("x"), output="y")
+    rewritten = surgery.result()
     x = (scale * np.random.default_rng(3).normal(size=(1, 4, 5000))).astype(np.float32)
     exact = np.sin(np.pi * x.astype(np.float64)) ** 2
-    for result in (run(surgery.result(), x), run_in_openvino(surgery.result(), x)):
+    for result in (run(rewritten, x), run_in_openvino(rewritten, x)):
         assert np.abs(result - exact).max() < 5e-4
 
 
-@pytest.mark.parametrize("stride", [10, 6])
-def test_a_transposed_convolution_is_a_product_and_a_transposition(stride):
-    rng = np.random.default_rng(stride)
+def transposed_convolution(rng, stride, **attributes):
+    """A ConvTranspose over two strides."""
     constants = {
         "w": rng.normal(size=(64, 32, 2 * stride)).astype(np.float32),
         "b": rng.normal(size=32).astype(np.float32),
     }
     node = helper.make_node(
         "ConvTranspose", ["x", "w", "b"], ["y"],
-        kernel_shape=[2 * stride], strides=[stride], pads=[stride // 2] * 2, dilations=[1], group=1,
+        kernel_shape=[2 * stride], strides=[stride], pads=[stride // 2] * 2, dilations=[1], group=1, **attributes,
     )  # fmt: skip
-    model = model_of([node], constants, 64)
+    return model_of([node], constants, 64)
+
+
+@pytest.mark.parametrize(("stride", "attributes"), [(1, {}), (10, {"output_padding": [1]})])
+def test_a_transposed_convolution_that_no_product_equals_stays(stride, attributes):
+    model = transposed_convolution(np.random.default_rng(5), stride, **attributes)
+    assert operators(ForOpenVINO(model, None).result()) == {"ConvTranspose"}
+
+
+@pytest.mark.parametrize("stride", [10, 6, 5])
+def test_a_transposed_convolution_is_a_product_and_a_transposition(stride):
+    rng = np.random.default_rng(stride)
+    model = transposed_convolution(rng, stride)
     rewritten, int8 = (ForOpenVINO(model, ranges).result() for ranges in (None, {"another": Range(0, 1, np.ones(64))}))
     assert "MatMul" in operators(rewritten) and operators(rewritten).isdisjoint({"ConvTranspose", "Conv"})
     assert "DequantizeLinear" in operators(int8)
@@ -215,8 +241,15 @@ def test_every_range_is_of_a_tensor_that_is_quantised():
     surgery.result()
     assert set(surgery.quantised) == set(read_ranges())
     assert all(low <= 0 < high and min(sizes) > 0 and max(sizes) == 1 for low, high, sizes in read_ranges().values())
-    left = operators(for_openvino(decoder_of(read_weights())))
+
+
+def test_nothing_slow_is_left_of_the_decoder():
+    nodes = nodes_of(for_openvino(decoder_of(read_weights())))
+    left = {node.op_type for node in nodes.values()}
     assert left.isdisjoint({"ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "STFT"})
+    squared = [node.input[0] for node in nodes.values() if node.op_type == "Pow"]
+    assert len(squared) > 48 and not any(nodes[name].op_type == "Sin" for name in squared if name in nodes)
+    assert not any("/ups." in node.name for node in nodes.values() if node.op_type == "ConvTranspose")
 
 
 @pytest.fixture
