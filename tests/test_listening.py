@@ -48,12 +48,18 @@ def spoken(server):
     return said
 
 
+@pytest.fixture(scope="module")
+def embedded():
+    """The engine itself: the server stretches one rendering, and for a listener that is one chance."""
+    return EmbeddedVoice(runtime=find_runtime())
+
+
 @pytest.mark.parametrize(
     ("language", "over_all", "any_one"), [("zh", 0.04, 0.08), ("en", 0.02, 0.2), ("mixed", 0.12, 0.4)]
 )
-def test_a_listener_understands_every_voice(spoken, language, over_all, any_one):
-    listener, embedded = Listener(), EmbeddedVoice(runtime=find_runtime())
-    voices, errors = Voices.load(Settings().voices_file), {voice: [] for voice in VOICES}
+def test_a_listener_understands_every_voice(spoken, embedded, language, over_all, any_one):
+    listener, voices = Listener(), Voices.load(Settings().voices_file)
+    errors = {voice: [] for voice in VOICES}
     for (voice, tongue, text), samples in spoken.items():
         if tongue == language:
             style = getattr(voices.resolve(voice).embedded, language)
@@ -67,10 +73,9 @@ def test_a_listener_understands_every_voice(spoken, language, over_all, any_one)
     assert max(table.values()) <= any_one, table
 
 
-def test_the_words_of_the_readme_are_heard_in_every_voice(server):
+def test_the_words_of_the_readme_are_heard_in_every_voice(server, embedded):
     """Spoken at seven speeds: how a listener takes one second of speech is a matter of chance (您好 or 你好)."""
     listener, text = Listener(), "你好世界"
-    embedded = EmbeddedVoice(runtime=find_runtime())  # the server stretches one rendering, and that is one chance
     errors = {}
     for voice in Voices.load(Settings().voices_file).voices:
         said = [server.speak(text, voice=voice.id)[0]]
