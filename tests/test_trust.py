@@ -1,6 +1,5 @@
 """Load, leaving and slow clients, faults: the real gunicorn around an engine of scripted speed."""
 
-import contextlib
 import http.client
 import json
 import multiprocessing
@@ -376,16 +375,14 @@ class TestFaults:
     def test_hup_spares_a_worker_that_boots(self, tmp_path):
         with scripted_server(tmp_path / "log", 0) as own:
             own.wait_until_ready()
-            before = worker_of(own)
-            os.kill(before, signal.SIGKILL)
-            seen, until = set(), time.monotonic() + 5
+            os.kill(worker_of(own), signal.SIGKILL)
+            until = time.monotonic() + 5
             while time.monotonic() < until:
                 own.process.send_signal(signal.SIGHUP)
-                with contextlib.suppress(IndexError):  # there is none just now
-                    seen.add(worker_of(own))
                 time.sleep(0.05)
-            assert len(seen - {before}) == 1
             own.wait_until_ready()
+            # Not by the master's children: for a moment the killed worker's engine is one of them.
+            assert (tmp_path / "log").read_text().count("Booting worker") == 2
 
     def test_hup_under_load_loses_nothing(self, server):
         with ThreadPoolExecutor(8) as clients:
