@@ -104,9 +104,9 @@ class Slots:
         return work.future
 
     def waiting(self) -> int:
-        """Return how many utterances wait for a slot."""
+        """Return how many utterances wait for a slot; those given up wait no more."""
         with self._lock:
-            return sum(len(line.waiting) for line in self._lines)
+            return sum(not work.future.cancelled() for line in self._lines for work in line.waiting)
 
     def _choose(self, extra: bool) -> Line | None:
         """Return the line whose turn it is at a slot; at the one more only new requests have one."""

@@ -88,6 +88,14 @@ def test_the_slot_for_new_requests_is_left_alone_while_another_is_free():
     assert set(names) == {"slot"}
 
 
+def test_what_was_given_up_waits_no_more(held):
+    first, second = (held.slots.submit(held.line, 1, lambda: None) for _ in range(2))
+    first.cancel()
+    assert held.slots.waiting() == 1
+    second.cancel()
+    assert held.slots.waiting() == 0
+
+
 def wait_until(condition):
     deadline = time.monotonic() + 5
     while not condition():
