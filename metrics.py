@@ -29,13 +29,16 @@ class Metrics:
         self.rtf = Histogram(
             "speech_rtf", "Seconds of computing over seconds of audio, of an utterance", buckets=RTF, registry=registry
         )
-        self.audio_s = Counter("speech_audio_seconds", "Seconds of audio sent", registry=registry)
+        self.audio_s = Counter("speech_audio_seconds", "Seconds of audio in answers", registry=registry)
         self.compute_s = Counter("speech_compute_seconds", "Seconds that slots spent making audio", registry=registry)
         self.utterances = Counter(
             "speech_utterances", "Utterances by how they came: miss, shared, hit", ["origin"], registry=registry
         )
         self.errors = Counter("speech_errors", "Requests that failed, by code", ["code"], registry=registry)
-        self.busy_slots = Gauge("speech_slots_busy", "Slots with an utterance in them", registry=registry)
+        self.busy_slots = Gauge(
+            "speech_slots_busy", "Utterances in the making: one more than there are slots where a request begins",
+            registry=registry,
+        )  # fmt: skip
 
     def watch(self, name: str, told: str, value: Callable[[], float]) -> None:
         """Show a figure that is asked for at each scrape."""

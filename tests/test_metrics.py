@@ -136,6 +136,13 @@ def test_metrics_need_a_key_where_keys_are_set(engine):
     assert client.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
+@pytest.mark.parametrize("route", [SPEECH, "/audio/speech", "/tts_url", "/tts_url_with_cloning"])
+def test_the_dashboard_counts_every_route_that_speaks(app, route):
+    assert route in {rule.rule for rule in app.url_map.iter_rules()}
+    [routes] = re.findall(r'route=~\\"(.+?)\\"', (HERE / "dashboards" / "grafana.json").read_text())
+    assert re.fullmatch(routes, route)
+
+
 def test_the_dashboard_shows_only_figures_that_there_are(client):
     say(client, seed=7)
     told = client.get("/metrics").text
