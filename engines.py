@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from audio import QUIET, AudioChunk, level
 from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
 from scheduling import Ticket
-from settings import HERE, Settings, cpu_has
+from settings import HERE, Settings, cpu_has, usable_cores
 from utterances import FULL_SYLLABLES, count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 from voices import Voice
@@ -98,7 +97,7 @@ class EmbeddedEngine:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._threads = settings.threads or min(4, os.cpu_count() or 1)
+        self._threads = settings.threads or min(4, usable_cores())
         self._runtime = find_runtime() if settings.embedded_runtime == "auto" else settings.embedded_runtime
 
     @property

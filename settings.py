@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -13,12 +14,26 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 HERE = Path(__file__).resolve().parent
 CPU_INFO = Path("/proc/cpuinfo")
+OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 log = logging.getLogger("speech")
 
 
 def cpu_has(flag: str) -> bool:
     """Tell whether Linux lists a flag of the CPU, as avx2; elsewhere none is known."""
     return CPU_INFO.is_file() and flag in CPU_INFO.read_text().split()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, one at least: its affinity, and its cgroup's quota rounded down.
+
+    The quota is that of cgroup v2, as a container's or a systemd unit's CPUQuota.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, no such line, or "max"
+        [path] = [line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")]
+        quota_us, period_us = map(int, (CGROUPS / path.lstrip("/") / "cpu.max").read_text().split())
+        cores = min(cores, quota_us // period_us)
+    return max(1, cores)
 
 
 def split_list(value: object) -> object:
@@ -66,7 +81,7 @@ class Settings:
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(split_list)] = ()  # web pages that may ask; empty: none
     log_text_characters: Annotated[int, Field(ge=0)] = 0  # of a text to be spoken that its log line shows
     slots: Annotated[int, Field(ge=0, le=64)] = 0  # utterances at once, and one that begins a request; 0: auto
-    threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of the embedded engine; 0: all, 4 at the most
+    threads: Annotated[int, Field(ge=0, le=256)] = 0  # cores of the embedded engine; 0: usable_cores(), 4 at the most
     queue_requests: Annotated[int, Field(ge=1, le=4096)] = 128  # requests under way or waiting, before 429
     queue_characters: Annotated[int, Field(ge=1)] = 300_000  # and their text in all: about 20 hours of speech
     cache_bytes: Annotated[int, Field(ge=0)] = 64 << 20  # finished utterances kept for who asks again; 0: none

@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from engines import EmbeddedEngine
 from errors import InvalidRequest
-from settings import Settings
+from settings import Settings, usable_cores
 from voices import Voices
 
 HERE = Path(__file__).resolve().parent
@@ -136,6 +138,28 @@ def test_a_wrong_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}: ") as caught:
         Settings.from_env({name: value})
     assert (value in str(caught.value)) == (name != "TTS_API_KEYS"), "keys are shown to nobody"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "quota", "cores"),
+    [
+        ("0::/\n", "max 100000", 6), ("0::/\n", "250000 100000", 2), ("0::/\n", "50000 100000", 1),
+        ("0::/\n", "800000 100000", 6), ("0::/\n", None, 6), ("4:cpu:/\n", "250000 100000", 6), (None, None, 6),
+        ("1:name=systemd:/\n0::/system.slice/tts.service\n", "300000 100000", 3),
+    ],
+)  # fmt: skip
+def test_the_cores_are_those_that_a_container_or_a_unit_leaves(tmp_path, monkeypatch, cgroup, quota, cores):
+    monkeypatch.setattr("settings.OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr("settings.CGROUPS", tmp_path / "all")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5, 7})
+    if cgroup:
+        (tmp_path / "own").write_text(cgroup)
+        folder = tmp_path / "all" / cgroup.split("0::/")[-1].strip()
+        folder.mkdir(parents=True)
+        if quota:
+            (folder / "cpu.max").write_text(quota + "\n")
+    assert usable_cores() == cores
+    assert EmbeddedEngine(Settings(embedded_runtime="onnxruntime")).slots == min(4, cores)
 
 
 def test_an_unknown_setting_is_reported(caplog):
