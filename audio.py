@@ -49,7 +49,7 @@ FORMATS = {
 
 EDGE_S = 0.05  # of quiet kept at either end of an utterance: AAC's first frame rings over 43 ms
 FADE_S = 0.005  # at a joint, so that it does not click
-QUIET = 10 ** (-50 / 20)  # -50 dBFS: what counts as silence at an edge
+QUIET = 10 ** (-50 / 20)  # -50 dBFS: a peak that counts as silence
 PEAK = 10 ** (-0.5 / 20)  # louder utterances are turned down as a whole, not clipped
 
 

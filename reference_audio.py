@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from audio import QUIET
 from vllm_engine import Reference
 
 MIN_S, MAX_S = 1.0, 30.0  # what IndexTTS clones well
 HEARD_S = 15  # it listens to no more of it
-QUIET = 10 ** (-50 / 20)  # -50 dBFS: a peak below it is silence
 WANTED = f"give {MIN_S:g} to {MAX_S:g} s of speech"
 CACHED = 64  # decoded files kept: 30 s at 48 kHz are 6 MB
 DECODER = Path(__file__).resolve().parent / "audio_decoder.py"
