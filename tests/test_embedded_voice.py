@@ -30,8 +30,10 @@ from embedded_voice import (
     read_weights,
     without_silence,
 )
+from engines import EmbeddedEngine, SynthesisOptions
 from scheduling import NICENESS, Ticket
-from settings import HERE
+from settings import HERE, Settings
+from voices import Voices
 
 
 @pytest.fixture(scope="module", params=get_args(Runtime))
@@ -42,6 +44,18 @@ def voice(request):
         return EmbeddedVoice(threads=2, runtime=request.param)
     finally:
         socket.socket = real
+
+
+@pytest.mark.parametrize("field", ["en", "zh", "mixed"])
+def test_all_that_shapes_a_voices_sound_is_in_the_key_of_the_cache(field):
+    engine, voice = EmbeddedEngine(Settings()), Voices.load(Settings().voices_file).resolve(None)
+    louder = voice.embedded.gain_db.model_copy(update={field: 3.0})
+    keys = {
+        engine.sound_key(voice.model_copy(update={"embedded": voice.embedded.model_copy(update=other)}), options)
+        for other in ({}, {field: "af_heart"}, {"gain_db": louder})
+        for options in (SynthesisOptions(), SynthesisOptions(seed=1))  # which it does not honour
+    }
+    assert len(keys) == 3
 
 
 def test_weights_with_another_checksum_are_refused(monkeypatch):

@@ -15,15 +15,17 @@ import soundfile
 from scripted import RATE, ScriptedVoice, noise
 
 from app import Order, create_app
-from engines import VllmEngine
+from engines import SynthesisOptions, VllmEngine
 from errors import EngineFault, Unavailable
 from settings import Settings
 from utterances import split_to_fit, split_utterances
 from vllm_engine import (
     DeadlinePassed,
+    Emotion,
     EngineDead,
     EngineLoop,
     GivenUp,
+    Reference,
     Spoken,
     children,
     descendants,
@@ -33,6 +35,7 @@ from vllm_engine import (
 )  # fmt: skip
 
 SPEECH = "/v1/audio/speech"
+OTHER_REFERENCE = Reference(noise(1), RATE, "another recording")
 
 
 def until(condition, deadline_s=5.0):
@@ -274,15 +277,38 @@ class TestEngine:
         assert "four" in response.json["error"]["message"]
         service = app.extensions["speech"]
         with pytest.raises(EngineFault) as caught:  # after the first bytes, gunicorn writes it down
-            service.engine.synthesize(text, service.voices.resolve(None), options())
+            service.engine.synthesize(text, service.voices.resolve(None), SynthesisOptions())
         assert "four" not in caplog.text + str(caught.value)
 
     def test_loud_samples_are_turned_down_and_not_clipped(self, engine, app):
         loud = Spoken(noise(1, 3.0), False)
         engine._voice.answers = [loud]
-        chunk = engine.synthesize("Hello.", app.extensions["speech"].voices.resolve(None), options())
+        chunk = engine.synthesize("Hello.", app.extensions["speech"].voices.resolve(None), SynthesisOptions())
         assert np.abs(chunk.samples).max() < 1
         assert np.corrcoef(chunk.samples, loud.samples)[0, 1] > 0.9999
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"seed": 2}, {"reference": OTHER_REFERENCE}, {"emotion": Emotion(audio=OTHER_REFERENCE)},
+            {"emotion": Emotion(weight=0.5)}, {"emotion": Emotion(vector=(1.0,) + (0.0,) * 7)},
+            {"emotion": Emotion(text="sad")},
+        ],
+    )  # fmt: skip
+    def test_all_that_shapes_its_sound_is_in_the_key_of_the_cache(self, app, engine, other):
+        voices = app.extensions["speech"].voices
+        key = engine.sound_key(voices.resolve("fable"), SynthesisOptions(seed=1))
+        assert engine.sound_key(voices.resolve("fable"), SynthesisOptions(seed=1)) == key is not None
+        assert engine.sound_key(voices.resolve("fable"), SynthesisOptions(**{"seed": 1, **other})) != key
+        assert engine.sound_key(voices.resolve("nova"), SynthesisOptions(seed=1)) != key
+
+    @pytest.mark.parametrize("fields", [{}, {"seed": 1, "emotion": Emotion(random=True)}], ids=["seedless", "random"])
+    def test_what_is_sampled_anew_has_no_key(self, app, engine, fields):
+        assert engine.sound_key(app.extensions["speech"].voices.resolve(None), SynthesisOptions(**fields)) is None
+
+    def test_a_model_that_does_not_keep_to_its_seed_has_no_key(self, app, engine, voice):
+        voice.seeded = False
+        assert engine.sound_key(app.extensions["speech"].voices.resolve(None), SynthesisOptions(seed=1)) is None
 
     def test_a_dead_engine_answers_503_and_says_come_back(self, app, voice, engine):
         voice.delay_s = 60
@@ -297,7 +323,7 @@ class TestEngine:
         engine._settings = Settings(utterance_timeout_s=0.2)
         voice.delay_s = 60
         with pytest.raises(Unavailable, match="within 0.2 s"):
-            engine.synthesize("Hello.", app.extensions["speech"].voices.resolve(None), options())
+            engine.synthesize("Hello.", app.extensions["speech"].voices.resolve(None), SynthesisOptions())
         until(lambda: voice.cancelled == 1)
 
     def test_long_text_never_passes_the_token_cap(self, app, voice):
@@ -339,13 +365,6 @@ class TestEngine:
         say(app, speed=1.5)
         say(app, speed=4)
         assert [options["speed"] for *_, options in voice.asked] == [1.5, 2.0]
-
-
-def options():
-    """Plain options."""
-    from engines import SynthesisOptions
-
-    return SynthesisOptions()
 
 
 class TestEmotion:
