@@ -150,7 +150,7 @@ def check_loopback(url: str) -> None:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a running server; without it this repository's is started")
+    parser.add_argument("--url", help="a running server, its key in API_KEY; without it this repository's is started")
     parser.add_argument("--pid", type=int, help="its process id, where it is on this machine: for CPU and memory")
     parser.add_argument("--voice", default="alloy")
     parser.add_argument("--model", default="tts-1")
@@ -175,7 +175,8 @@ def cases(args: argparse.Namespace) -> Iterable[Case]:
 def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
     """Print the table of one server and write its samples."""
     before = machine()
-    target, texts = Target("server", url, args.voice, args.model, pid=pid), Texts()
+    key = os.environ.get("API_KEY", "") if args.url else ""
+    target, texts = Target("server", url, args.voice, args.model, pid=pid, key=key), Texts()
     speak(target, texts.take("en", 100))  # a first request that is not counted
     if args.growth:
         if not target.pid:

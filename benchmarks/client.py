@@ -39,7 +39,10 @@ NUMBERS = itertools.count(1)
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how to ask it: `extra` holds further fields of the body, `pid` its process where that is known."""
+    """A server and how to ask it.
+
+    url: with or without /v1; extra: further fields of the body; pid: its process, where that is known.
+    """
 
     name: str
     url: str
@@ -48,6 +51,7 @@ class Target:
     response_format: str = "pcm"
     extra: dict[str, Any] = field(default_factory=dict)
     pid: int | None = None
+    key: str = ""  # none is sent
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,17 @@ def speak(target: Target, text: str, due: float | None = None) -> Sample:
 def connect(target: Target) -> http.client.HTTPConnection:
     """Return a connection to a target, not opened yet."""
     address = urlsplit(target.url)
-    return http.client.HTTPConnection(address.hostname or "", address.port, timeout=REQUEST_TIMEOUT_S)
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    return kind(address.hostname or "", address.port, timeout=REQUEST_TIMEOUT_S)
 
 
 def ask(connection: http.client.HTTPConnection, target: Target, text: str) -> http.client.HTTPResponse:
     """Send one request; return the response, whose body is not read yet."""
     body = {"model": target.model, "input": text, "voice": target.voice, "response_format": target.response_format}
     body["speed"] = 1 + next(NUMBERS) * SPEED_STEP
-    path = f"{urlsplit(target.url).path.rstrip('/')}/v1/audio/speech"
-    connection.request("POST", path, json.dumps(body | target.extra), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {target.key}"} if target.key else {})}
+    base = urlsplit(target.url).path.rstrip("/").removesuffix("/v1")
+    connection.request("POST", f"{base}/v1/audio/speech", json.dumps(body | target.extra), headers)
     return connection.getresponse()
 
 

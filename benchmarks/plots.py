@@ -1,4 +1,4 @@
-"""Draw benchmarks/plots/*.png from the samples that figures.py left in benchmarks/results/bench.json.
+"""Draw benchmarks/plots/*.png from the samples that figures.py left in benchmarks/results/loads.json.
 
     python benchmarks/plots.py
 """
@@ -102,7 +102,7 @@ def keep(figure: Figure, name: str, caption: str) -> None:
 
 def main() -> None:
     """Draw both."""
-    bench = json.loads((RESULTS / "bench.json").read_text())
+    bench = json.loads((RESULTS / "loads.json").read_text())
     cores, load_average = bench["machine"]["cores"], bench["machine"]["load_average"]
     caption = f"{cores} cores; load average before: {load_average:.1f}"
     keep(draw_load(bench["results"]), "load", caption)

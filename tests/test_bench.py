@@ -1,5 +1,6 @@
 """The load generator: what it counts and when, against a server that answers by a script."""
 
+import http.client
 import io
 import json
 import os
@@ -18,8 +19,22 @@ import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench
 from bench import CASE_HEADER, Case, Result, case_row, growth, run_case
-from client import Run, Sample, Target, closed_loop, measured, open_loop, percentile, race, speak, starve, timeline
+from client import (
+    Run,
+    Sample,
+    Target,
+    closed_loop,
+    connect,
+    measured,
+    open_loop,
+    percentile,
+    race,
+    speak,
+    starve,
+    timeline,
+)
 from cost import REQUEST, Answer
 from figures import long_request
 from peers import OURS, RATIOS, least_lead
@@ -38,14 +53,19 @@ def pause(seconds):
 
 
 @contextmanager
-def scripted_server(*parts, status=200, hold=lambda: None):
-    """Answer every request, after `hold`, with parts of a body: bytes, or what to do meanwhile."""
+def scripted_server(*parts, status=200, hold=lambda: None, heads=None):
+    """Answer every request, after `hold`, with parts of a body: bytes, or what to do meanwhile.
+
+    heads: a list for each request's path and key.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.0"
 
         def do_POST(self):
+            if heads is not None:
+                heads.append((self.path, self.headers["Authorization"]))
             asked.append((time.perf_counter(), self.rfile.read(int(self.headers["Content-Length"]))))
             hold()
             self.send_response(status)
@@ -160,6 +180,32 @@ def test_any_status_but_200_is_told_with_what_the_server_said():
 
 
 # --- Loops
+
+
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [("", "/v1/audio/speech"), ("/v1/", "/v1/audio/speech"), ("/speech/v1", "/speech/v1/audio/speech")],
+)
+@pytest.mark.parametrize(("key", "sent"), [("", None), ("k-1", "Bearer k-1")])
+def test_any_servers_url_will_do_and_its_key_is_sent(base, path, key, sent):
+    heads = []
+    with scripted_server(SECOND, heads=heads) as (target, _):
+        speak(replace(target, url=target.url + base, key=key), "text")
+    assert heads == [(path, sent)]
+
+
+def test_the_key_of_a_servers_url_is_the_environments(monkeypatch, tmp_path):
+    heads = []
+    monkeypatch.setattr("tables.RESULTS", tmp_path)
+    monkeypatch.setenv("API_KEY", "k-1")
+    with scripted_server(SECOND, heads=heads) as (target, _):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--url", target.url, "--concurrency", "1", "--requests", "2"])
+        bench.main()
+    assert heads == [("/v1/audio/speech", "Bearer k-1")] * 3
+
+
+def test_https_is_spoken_where_the_url_says_so():
+    assert isinstance(connect(Target("remote", "https://example.com")), http.client.HTTPSConnection)
 
 
 def test_a_closed_loop_sends_the_next_request_when_the_last_one_is_answered():
