@@ -63,6 +63,7 @@ from audio import (
     silence,
     stretch,
     trim,
+    warm_encoders,
 )
 from engines import ENGINE_OPTIONS, Engine, SynthesisOptions, choose_engine, voice_reference
 from errors import (
@@ -413,6 +414,7 @@ class Speech:
         slots, self.slots = self.slots, self.settings.slots or self.engine.slots
         self._slots.add(self.slots - slots)  # more where the engine had to take its other runtime
         self._check(self._voices)
+        warm_encoders()
         try:
             for text in FIRST_WORDS:
                 self._warm_up(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -196,6 +198,14 @@ class Encoder:
             if not (self._primed and packet.pts + packet.duration <= 0):
                 self._container.mux(packet)
         return self._sink.take()
+
+
+def warm_encoders() -> None:
+    """Encode a little silence in every format: the first of a process takes FFmpeg longer than the next."""
+    for fmt in FORMATS.values():
+        rate = fmt.rates[0]
+        with contextlib.suppress(Exception):  # who asks for a format that this FFmpeg lacks is told then
+            deque(encode_stream(iter([silence(0.1, rate)]), fmt, rate), maxlen=0)
 
 
 def encode_stream(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -> Iterator[bytes]:

@@ -5,10 +5,12 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import audio
 from app import Order, Speech
 from errors import Busy, ClientGone, EngineFault, Unavailable
 from settings import Settings
@@ -36,6 +38,29 @@ def until(condition, deadline_s=5.0):
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.005)
+
+
+def test_the_codecs_are_warm_before_it_is_ready(speech, monkeypatch):
+    encoded = []
+
+    class Watched(audio.Encoder):
+        def close(self):
+            encoded.append((self._stream.codec_context.name, self._position > 0, speech.trouble))
+            return super().close()
+
+    monkeypatch.setattr(audio, "Encoder", Watched)
+    speech.trouble = "loading"
+    speech.load()
+    assert speech.trouble is None
+    assert encoded == [(fmt.codec, True, "loading") for fmt in audio.FORMATS.values()]
+
+
+def test_a_codec_that_is_not_there_keeps_it_from_no_other_format(client, speech, monkeypatch):
+    monkeypatch.setitem(audio.FORMATS, "mp3", replace(audio.FORMATS["mp3"], codec="nothing"))
+    speech.load()
+    told = [client.post(SPEECH, json={"model": "m", "input": "Hi.", "response_format": name}).status_code
+            for name in ("mp3", "opus")]  # fmt: skip
+    assert told == [500, 200]
 
 
 def test_audio_comes_in_the_order_of_the_text(speech, engine):
