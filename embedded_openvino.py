@@ -6,8 +6,8 @@ weights back to numbers and to int8 again; the generator's activations to uint8 
 own size (assets/activation_ranges.json, found by assets/measure_ranges.py); the convolutions before it as products; a
 norm and the snake after it in terms of what comes before them; sin^2 as a chain of simple operators; what makes the
 signal longer as a product; the int8 convolutions, and what lies between them, in four dimensions. Against float32 the
-noise is 20 dB down, on onnxruntime 15. Measured on 2 cores, utterances of a text one by one: with AVX512-VNNI 8.2 times
-real time instead of 4.6, on an older CPU, with AVX2 alone, 2.6 instead of 1.8.
+noise is 20 dB down, on onnxruntime 15. Measured on 2 cores, utterances of a text one by one: with AVX512-VNNI 7.9 times
+real time instead of 4.6 (`make bench-threads`).
 """
 
 from __future__ import annotations

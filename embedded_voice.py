@@ -112,8 +112,8 @@ class Decoder(Protocol):
 class OnnxDecoder:
     """The decoder on onnxruntime, opened twice: an utterance alone runs on all cores, several at once on one each.
 
-    Measured on 2 cores: two on a thread each make 1.15 times the speech of one on two threads; to the bit the same
-    samples. The second is opened in the background, and until it is there the first does for all.
+    Measured on 2 cores (`make bench-threads`): two on a thread each make 1.1 times the speech of one on two threads; to
+    the bit the same samples. The second is opened in the background, and until it is there the first does for all.
     """
 
     def __init__(self, model: bytes, threads: int, cache_dir: Path | None = None):
