@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -205,7 +204,7 @@ def warm_encoders() -> None:
     for fmt in FORMATS.values():
         rate = fmt.rates[0]
         with contextlib.suppress(Exception):  # who asks for a format that this FFmpeg lacks is told then
-            deque(encode_stream(iter([silence(0.1, rate)]), fmt, rate), maxlen=0)
+            b"".join(encode_stream(iter([silence(0.1, rate)]), fmt, rate))
 
 
 def encode_stream(chunks: Iterator[AudioChunk], fmt: Format, sample_rate: int) -> Iterator[bytes]:

@@ -175,8 +175,8 @@ def cases(args: argparse.Namespace) -> Iterable[Case]:
 def measure(args: argparse.Namespace, url: str, pid: int | None) -> None:
     """Print the table of one server and write its samples."""
     before = machine()
-    key = os.environ.get("API_KEY", "") if args.url else ""
-    target, texts = Target("server", url, args.voice, args.model, pid=pid, key=key), Texts()
+    target = Target("server", url, args.voice, args.model, pid=pid, key=os.environ.get("API_KEY", ""))
+    texts = Texts()
     speak(target, texts.take("en", 100))  # a first request that is not counted
     if args.growth:
         if not target.pid:
