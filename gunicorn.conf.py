@@ -170,6 +170,13 @@ def accept(worker, set_accept_enabled, enabled):
 
 
 def worker_exit(server, worker):
-    """Let go of the engine, if it came so far."""
+    """Let go of the engine, if it came so far.
+
+    While it still loads, the process ends at once: Python ends a thread inside onnxruntime in a way that aborts it.
+    """
     if app := getattr(worker, "wsgi", None):
-        app.extensions["speech"].close()
+        service = app.extensions["speech"]
+        loading = worker.booted and service.trouble == "loading"
+        service.close()
+        if loading:
+            os._exit(0)

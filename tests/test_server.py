@@ -306,6 +306,15 @@ class TestSignals:
             while own.post(SPEECH, {"model": "m", "input": "Hi.", "voice": "hero"})[0] != 200:
                 assert time.monotonic() < end, own.log.read_text()
 
+    @pytest.mark.parametrize("late", [0.3, 0.8, 1.3, 1.8, 2.3])
+    def test_term_while_loading_ends_it_without_a_crash(self, tmp_path, late):
+        with Server(tmp_path / "log", TTS_EMBEDDED_RUNTIME="onnxruntime") as own:
+            own.wait_until(503)
+            time.sleep(late)
+            own.process.send_signal(signal.SIGTERM)
+            assert own.process.wait(20) == 0
+        assert "SIG" not in own.log.read_text()
+
     def test_a_bad_setting_keeps_the_server_from_starting(self, tmp_path):
         with Server(tmp_path / "log", TTS_SLOTS="many") as own:
             assert own.process.wait(20) != 0
