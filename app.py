@@ -411,8 +411,7 @@ class Speech:
     def load(self) -> None:
         """Load the engine; ready means that its first words came back."""
         self.engine.load()
-        slots, self.slots = self.slots, self.settings.slots or self.engine.slots
-        self._slots.add(self.slots - slots)  # more where the engine had to take its other runtime
+        self._fit_slots()
         self._check(self._voices)
         warm_encoders()
         try:
@@ -421,6 +420,11 @@ class Speech:
         except Unavailable as error:
             raise RuntimeError(f"at its first words: {error.__cause__ or error}. The log above says why") from error
         self.trouble = None
+
+    def _fit_slots(self) -> None:
+        """Have the engine's slots: they are more once it had to take its other runtime."""
+        slots, self.slots = self.slots, self.settings.slots or self.engine.slots
+        self._slots.add(self.slots - slots)
 
     def _warm_up(self, text: str) -> None:
         """Have it speak; a few times, as an engine that samples may miss so short a text. Raises SpeechError."""
@@ -446,6 +450,7 @@ class Speech:
             time.sleep(self.retry_load_s)
         else:
             while (ailment := self.engine.healthy()) is None:
+                self._fit_slots()
                 time.sleep(HEALTH_CHECK_S)
             if self.trouble:  # it was closed
                 return

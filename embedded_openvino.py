@@ -79,18 +79,10 @@ Ranges = Mapping[str, Range]
 
 
 class OpenVINODecoder:
-    """Makes samples of features, one utterance at a time on so many cores."""
+    """Makes samples of features, one utterance at a time on all of its cores."""
 
-    def __init__(self, model: bytes, threads: int, cache_dir: Path | None = None):
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # of what is not int8; OpenVINO would take bf16 where the CPU has it
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # with VNNI, what an int8 matrix multiplies has a scale for each 32
-            "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS,
-            "ENABLE_CPU_PINNING": False,
-        }
-        self._model = compiled(model, settings, cache_dir)
+    def __init__(self, model: openvino.CompiledModel):
+        self._model = model
         self._one_at_a_time = Lock()
 
     def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
@@ -113,19 +105,49 @@ class OpenVINODecoder:
                     self._model.release_memory()
 
 
-def compiled(model: bytes, settings: Config, cache_dir: Path | None) -> openvino.CompiledModel:
-    """Return a model's decoder ready to run: as a start before kept it, else built, which takes half of a start."""
+def open_decoder(
+    model: bytes, threads: int, cache_dir: Path | None = None, *, build: bool = True
+) -> OpenVINODecoder | None:
+    """Return a model's decoder: as a start before kept it in a folder, else built, in seconds, and kept.
+
+    Where it is not to be built now, None instead.
+    """
     from quiet_openvino import openvino  # not needed where the CPU has no use for it
 
-    core = openvino.Core()
+    core, settings = openvino.Core(), config(threads)
     file = cache_dir and cache_dir / f"decoder-{fingerprint(model, settings, openvino.__version__)}.openvino"
-    if file and (kept := read_build(file)):
+    compiled = (file and kept(core, settings, file)) or (build and built(core, settings, model, file))
+    return OpenVINODecoder(compiled) if compiled else None
+
+
+def config(threads: int) -> Config:
+    """Return OpenVINO's settings for one utterance at a time on so many cores."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # of what is not int8; OpenVINO would take bf16 where the CPU has it
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # with VNNI, what an int8 matrix multiplies has a scale for each 32
+        "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS,
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def kept(core: openvino.Core, settings: Config, file: Path) -> openvino.CompiledModel | None:
+    """Return the decoder that a file keeps, if it is one."""
+    if build := read_build(file):
         with contextlib.suppress(Exception):  # what is not OpenVINO's fails in more than one way
-            decoder = core.import_model(kept, "CPU", settings)
+            decoder = core.import_model(build, "CPU", settings)
             log.info("the decoder is the one kept in %s", file)
             return decoder
-    log.info("building the decoder for this CPU")
-    decoder = core.compile_model(core.read_model(for_openvino(decoder_of(model))), "CPU", settings)
+    return None
+
+
+def built(core: openvino.Core, settings: Config, model: bytes, file: Path | None) -> openvino.CompiledModel:
+    """Build a model's decoder, and keep it in a file."""
+    log.info("building the decoder for this CPU, 1 of 2: its graph")
+    graph = core.read_model(for_openvino(decoder_of(model)))
+    log.info("building the decoder for this CPU, 2 of 2: its kernels")
+    decoder = core.compile_model(graph, "CPU", settings)
     if file:
         keep_build(file, decoder.export_model().getvalue())
     return decoder

@@ -12,9 +12,10 @@ import importlib.resources
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock, Thread
@@ -24,7 +25,7 @@ import numpy as np
 
 from embedded_g2p import G2P, GREEK_LETTER, VOCABULARY, has_han, has_reading
 from embedded_graph import FEATURES, decoder_of, encoder_of, unroll_convolutions
-from embedded_openvino import OpenVINODecoder
+from embedded_openvino import open_decoder
 from quiet_onnxruntime import onnxruntime
 from scheduling import Ticket, give_way
 
@@ -113,16 +114,18 @@ class OnnxDecoder:
     """The decoder on onnxruntime, opened twice: an utterance alone runs on all cores, several at once on one each.
 
     Measured on 2 cores (`make bench-threads`): two on a thread each make 1.1 times the speech of one on two threads; to
-    the bit the same samples. The second is opened in the background, and until it is there the first does for all.
+    the bit the same samples. The second is opened in the background, and until it is there, or where several are not
+    looked for, the first does for all.
     """
 
-    def __init__(self, model: bytes, threads: int, cache_dir: Path | None = None):
+    def __init__(self, model: bytes, threads: int, *, several: bool = True):
         model = unroll_convolutions(decoder_of(model))
         self._on_all = open_session(model, threads)
         self._on_one: onnxruntime.InferenceSession | None = None
         self._running, self._lock = 0, Lock()
-        if threads > 1:  # no daemon: a process that ends while onnxruntime opens the network would crash
-            Thread(target=self._open_second, args=(model,), name="second decoder").start()
+        if several and threads > 1:
+            # no daemon, as who opens this may be: a process that ends while onnxruntime opens the network would crash
+            Thread(target=self._open_second, args=(model,), name="second decoder", daemon=False).start()
 
     def _open_second(self, model: bytes) -> None:
         self._on_one = open_session(model, 1)
@@ -147,19 +150,30 @@ class OnnxDecoder:
 
 trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)  # the GNU C library has it
 
-DECODERS: dict[Runtime, Callable[[bytes, int, Path | None], Decoder]] = {
-    "openvino": OpenVINODecoder,
-    "onnxruntime": OnnxDecoder,
-}
-
 
 class Network:
     """The network in its two halves: the encoder makes features of a text, the decoder sound of these."""
 
-    def __init__(self, threads: int, runtime: Runtime, cache_dir: Path | None):
+    runtime: Runtime  # the decoder's
+    _decoder: Decoder
+
+    def __init__(self, threads: int, runtime: Runtime, cache_dir: Path | None, *, build: bool):
         model = read_weights()
+        self._threads, self._cache_dir = threads, cache_dir
         self._encoder = open_session(unroll_convolutions(encoder_of(model)), threads)
-        self._decoder = DECODERS[runtime](model, threads, cache_dir)
+        self._open_decoder(model, runtime, build=build)
+
+    def _open_decoder(self, model: bytes, runtime: Runtime, *, build: bool) -> None:
+        """Open the decoder; where OpenVINO's would have to be built and is not to be, onnxruntime's for the time."""
+        fast = open_decoder(model, self._threads, self._cache_dir, build=build) if runtime == "openvino" else None
+        self.runtime = "openvino" if fast else "onnxruntime"
+        self._decoder = fast or OnnxDecoder(model, self._threads, several=runtime == "onnxruntime")
+
+    def on(self, runtime: Runtime) -> Network:
+        """Return a network of the same encoder and another decoder."""
+        other = copy(self)
+        other._open_decoder(read_weights(), runtime, build=True)
+        return other
 
     def run(self, inputs: dict[str, np.ndarray], ticket: Ticket) -> np.ndarray:
         """Return the samples [n], with a little silence at either end."""
@@ -192,7 +206,10 @@ def without_silence(phonemes: np.ndarray, pitch: np.ndarray, energy: np.ndarray)
 
 
 class EmbeddedVoice:
-    """Speaks one utterance at a time for each calling thread."""
+    """Speaks one utterance at a time for each calling thread.
+
+    Without `build`, where OpenVINO's decoder would have to be built, it is on onnxruntime.
+    """
 
     def __init__(
         self,
@@ -200,12 +217,25 @@ class EmbeddedVoice:
         lexicon: Path | None = None,
         cache_dir: Path | None = None,
         runtime: Runtime = "onnxruntime",
+        *,
+        build: bool = True,
     ):
         with ThreadPoolExecutor(1, initializer=give_way) as beside:
-            network = beside.submit(Network, threads, runtime, cache_dir)
+            network = beside.submit(Network, threads, runtime, cache_dir, build=build)
             self._g2p = G2P(lexicon)
             self._network = network.result()
         self._styles = Styles()
+
+    @property
+    def runtime(self) -> Runtime:
+        """What the decoder, nine tenths of the work, runs on."""
+        return self._network.runtime
+
+    def on(self, runtime: Runtime) -> EmbeddedVoice:
+        """Return this voice on a runtime, built if need be; what this one is speaking it speaks to the end."""
+        other = copy(self)
+        other._network = self._network.on(runtime)
+        return other
 
     @staticmethod
     def language(text: str) -> Literal["en", "zh", "mixed"]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from audio import QUIET, AudioChunk, level
 from errors import ClientGone, EngineFault, Unavailable, printable
 from reference_audio import BadReference, load_reference
-from scheduling import Ticket
+from scheduling import Ticket, give_way
 from settings import HERE, Settings, cpu_has, usable_cores
 from utterances import FULL_SYLLABLES, count_syllables
 from vllm_engine import DeadlinePassed, Emotion, EngineDead, EngineLoop, GivenUp, Reference, Spoken, VoiceModel, gpus
 from voices import Voice
+
+if TYPE_CHECKING:
+    from embedded_voice import EmbeddedVoice, Runtime
 
 log = logging.getLogger("speech")
 
@@ -98,7 +102,10 @@ class EmbeddedEngine:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._threads = settings.threads or min(4, usable_cores())
-        self._runtime = find_runtime() if settings.embedded_runtime == "auto" else settings.embedded_runtime
+        self._chosen = settings.embedded_runtime != "auto"
+        # what it speaks on, or will once that is built
+        self._runtime: Runtime = settings.embedded_runtime if self._chosen else find_runtime()
+        self._voice: EmbeddedVoice | None = None
 
     @property
     def slots(self) -> int:
@@ -106,29 +113,55 @@ class EmbeddedEngine:
         return 1 if self._runtime == "openvino" else self._threads
 
     def load(self) -> None:
-        """Load the weights and the pronunciation data."""
+        """Load the weights and the pronunciation data.
+
+        Until OpenVINO's decoder is built, at the first start, it speaks on onnxruntime, unless OpenVINO was asked for.
+        """
         try:
-            self._voice = self._open()
+            self._voice = self._open(self._runtime)
         except Exception:
-            if self._settings.embedded_runtime != "auto" or self._runtime == "onnxruntime":
+            if self._chosen or self._runtime == "onnxruntime":
                 raise
-            log.exception("OpenVINO does not work here; the embedded voice speaks on onnxruntime")
-            self._runtime = "onnxruntime"
-            self._voice = self._open()
+            log.exception("the embedded voice does not speak on OpenVINO")
+            self._voice = self._open("onnxruntime")
+        if self._voice.runtime != self._runtime:
+            log.info("the embedded voice speaks on onnxruntime until OpenVINO's decoder is built")
+            # no daemon, as the thread that loads is one: a process that ends while OpenVINO compiles would crash
+            threading.Thread(target=self._change_runtime, name="build", daemon=False).start()
 
-    def _open(self) -> Any:
-        """Return the voice once it has spoken: OpenVINO compiles its kernels only then. Raises RuntimeError."""
-        from embedded_openvino import forget_builds  # the GPU box does without these files and their packages
-        from embedded_voice import EmbeddedVoice
+    def _open(self, runtime: Runtime) -> EmbeddedVoice:
+        """Return the voice once it has spoken; raise RuntimeError."""
+        from embedded_voice import EmbeddedVoice  # the GPU box does without these files and their packages
 
-        voice = EmbeddedVoice(self._threads, self._settings.lexicon, self._settings.cache_dir, self._runtime)
+        settings = self._settings
+        voice = EmbeddedVoice(self._threads, settings.lexicon, settings.cache_dir, runtime, build=self._chosen)
+        return self._heard(voice)
+
+    def _heard(self, voice: EmbeddedVoice) -> EmbeddedVoice:
+        """Return a voice that speaks: OpenVINO compiles its kernels only then. Raises RuntimeError."""
+        from embedded_openvino import forget_builds
+
         try:
             if not is_speech(voice.speak("Ready.", "am_onyx")):
-                raise RuntimeError(f"what {self._runtime} makes is not speech")
+                raise RuntimeError(f"what {voice.runtime} makes is not speech")
         except Exception:
             forget_builds(self._settings.cache_dir)
             raise
         return voice
+
+    def _change_runtime(self) -> None:
+        """Build OpenVINO's decoder beside what is being spoken, and speak on it from then on."""
+        from embedded_voice import trim_heap
+
+        give_way()
+        try:
+            self._voice = self._heard(self._voice.on(self._runtime))
+            log.info("the embedded voice speaks on %s now", self._runtime)
+        except Exception:
+            log.exception("OpenVINO does not work here; the embedded voice stays on onnxruntime")
+            self._runtime = "onnxruntime"
+            self._voice = self._voice.on("onnxruntime")  # for several at once
+        trim_heap(0)  # the decoder before was some 250 MB
 
     def check(self, voice: Voice) -> None:
         """Raise ValueError on a style that there is not."""
@@ -144,12 +177,14 @@ class EmbeddedEngine:
         return True
 
     def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable:
-        """Its styles and gains: it does not sample."""
-        return voice.embedded.model_dump_json()
+        """Its runtime, styles and gains: it does not sample."""
+        return self._voice.runtime, voice.embedded.model_dump_json()
 
     def report(self) -> dict[str, Any]:
-        """What the decoder runs on."""
-        return {"runtime": self._runtime}
+        """What the decoder runs on, and what it will once that is built."""
+        later = self._runtime
+        now = self._voice.runtime if self._voice else later
+        return {"runtime": now} | ({} if now == later else {"next_runtime": later})
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance in the style that the voice has for its language."""

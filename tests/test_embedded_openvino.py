@@ -3,6 +3,7 @@
 import importlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_embedded_graph import model_of, quantised_convolution, snake
+from test_scheduling import wait_until
 
 import embedded_openvino
 import embedded_voice
@@ -26,9 +28,9 @@ from embedded_openvino import (
     ForOpenVINO,
     Range,
     Snakes,
-    compiled,
     fingerprint,
     for_openvino,
+    open_decoder,
     read_ranges,
 )
 from embedded_voice import Cancelled, EmbeddedVoice, read_weights
@@ -354,13 +356,84 @@ def test_without_openvino_onnxruntime_is_chosen(able_cpu, monkeypatch):
     assert find_runtime() == "onnxruntime"
 
 
-def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked_for(able_cpu, monkeypatch, caplog):
-    def fail(*arguments):
-        raise RuntimeError("no such plug-in")
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds back the building of OpenVINO's decoder until it is set."""
+    gate, opening = threading.Event(), embedded_voice.open_decoder
 
-    monkeypatch.setitem(embedded_voice.DECODERS, "openvino", fail)
-    engine = EmbeddedEngine(Settings())
+    def held(*given, build):
+        return (gate.wait(60) if build else True) and opening(*given, build=build)
+
+    monkeypatch.setattr(embedded_voice, "open_decoder", held)
+    yield gate
+    gate.set()
+
+
+def built():
+    """Wait until what is being built is built, or could not be."""
+    for thread in threading.enumerate():
+        if thread.name == "build":
+            thread.join(60)
+
+
+def test_the_first_start_speaks_on_onnxruntime_until_openvino_s_decoder_is_built(able_cpu, tmp_path, gate, runtimes):
+    text, style = TEXTS["en"], VOICES[0].embedded.en
+    on_onnxruntime, on_openvino = (voice.speak(text, style) for voice in runtimes)
+
+    def sound(engine):
+        return engine._voice.speak(text, style), engine.sound_key(VOICES[0], SynthesisOptions())
+
+    first = EmbeddedEngine(Settings(cache_dir=tmp_path / "cache"))
+    first.load()
+    assert first.report() == {"runtime": "onnxruntime", "next_runtime": "openvino"} and first.slots == 1
+    before, key = sound(first)
+    assert np.array_equal(before, on_onnxruntime)
+    gate.set()
+    built()
+    assert first.report() == {"runtime": "openvino"} and first.slots == 1
+    after, later_key = sound(first)
+    assert np.array_equal(after, on_openvino)
+    assert key != later_key, "nothing from the cache after the change was made before it"
+    second = EmbeddedEngine(Settings(cache_dir=tmp_path / "cache"))
+    second.load()
+    assert second.report() == {"runtime": "openvino"}
+    again, same_key = sound(second)
+    assert np.array_equal(again, on_openvino) and same_key == later_key
+
+
+def test_what_is_being_spoken_as_the_runtime_changes_is_spoken_to_its_end(able_cpu, tmp_path, gate, monkeypatch):
+    engine, options = EmbeddedEngine(Settings(cache_dir=tmp_path)), SynthesisOptions()
     engine.load()
+    alone = engine.synthesize(TEXTS["en"], VOICES[0], options)
+    begun, going_on, run = threading.Event(), threading.Event(), engine._voice._network._decoder.run
+
+    def held(*given, **options):
+        begun.set()
+        return going_on.wait(60) and run(*given, **options)
+
+    monkeypatch.setattr(engine._voice._network._decoder, "run", held)
+    with ThreadPoolExecutor(1) as slot:
+        speaking = slot.submit(engine.synthesize, TEXTS["en"], VOICES[0], options)
+        assert begun.wait(60)
+        gate.set()
+        built()
+        assert engine.report() == {"runtime": "openvino"}
+        going_on.set()
+        assert np.array_equal(speaking.result(60).samples, alone.samples)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_where_openvino_fails_it_speaks_on_onnxruntime_unless_openvino_was_asked_for(
+    able_cpu, tmp_path, monkeypatch, caplog, at_once
+):
+    def fail(*arguments, build):
+        if at_once or build:
+            raise RuntimeError("no such plug-in")
+
+    monkeypatch.setattr(embedded_voice, "open_decoder", fail)
+    engine = EmbeddedEngine(Settings(cache_dir=tmp_path))
+    engine.load()
+    built()
     assert engine.report() == {"runtime": "onnxruntime"}
     assert "no such plug-in" in caplog.text
     assert engine.synthesize("Hello.", VOICES[0], SynthesisOptions()).seconds > 0.3
@@ -383,24 +456,34 @@ NO_SPEECH = {
 
 
 @pytest.mark.parametrize("samples", NO_SPEECH.values(), ids=NO_SPEECH)
-def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slots(able_cpu, monkeypatch, samples):
+def test_where_openvino_opens_but_does_not_speak_it_is_onnxruntime_with_its_slots(
+    able_cpu, tmp_path, monkeypatch, samples
+):
     class Broken:
-        def __init__(self, *arguments):
-            pass
-
         def run(self, *arguments, **options):
             if samples is None:
                 raise RuntimeError("could not create a primitive")
             return samples
 
-    monkeypatch.setitem(embedded_voice.DECODERS, "openvino", Broken)
-    threads_before = threading.enumerate()
-    speech = Speech(Settings(threads=3), EmbeddedEngine(Settings(threads=3)))
+    monkeypatch.setattr(embedded_voice, "open_decoder", lambda *_, build: Broken() if build else None)
+    ended, threads_before = threading.Event(), threading.enumerate()
+    settings = Settings(threads=3, cache_dir=tmp_path)
+    speech = Speech(settings, EmbeddedEngine(settings))
     assert speech.slots == 1
-    speech.load()
-    assert speech.engine.report() == {"runtime": "onnxruntime"}
+
+
+    def slots():
+        return [each for each in threading.enumerate() if each.name == "slot" and each not in threads_before]
+
+    speech.on_death = ended.set
+    speech.start()
+    wait_until(lambda: len(slots()) == 3, deadline_s=60)
     assert speech.slots == 3
-    assert sum(thread.name == "slot" for thread in threading.enumerate() if thread not in threads_before) == 3
+    built()
+    assert speech.engine.report() == {"runtime": "onnxruntime"}
+    wait_until(lambda: speech.engine._voice._network._decoder._on_one, deadline_s=60)
+    monkeypatch.setattr(speech.engine, "healthy", lambda: "over")
+    assert ended.wait(60), "the thread that watches it does not end"
 
 
 def test_the_next_start_takes_the_decoder_that_one_before_kept(tmp_path, monkeypatch, runtimes):
@@ -425,7 +508,7 @@ def build(monkeypatch):
         return ForOpenVINO(SMALL, None).result()
 
     def build(folder, model=b"weights"):
-        return compiled(model, {"INFERENCE_PRECISION_HINT": "f32"}, folder)([SIGNAL])[0]
+        return open_decoder(model, 2, folder)._model([SIGNAL])[0]
 
     build.models = []
     monkeypatch.setattr(embedded_openvino, "decoder_of", lambda model: model)
@@ -449,6 +532,7 @@ def test_a_kept_decoder_that_is_not_whole_is_built_again(build, tmp_path, damage
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage)
+    assert open_decoder(b"weights", 2, tmp_path, build=False) is None
     assert np.array_equal(build(tmp_path), sound)
     assert len(build.models) == 2
     assert len(file.read_bytes()) == len(whole)
@@ -483,6 +567,7 @@ def test_a_decoder_that_others_may_have_written_is_not_taken(build, tmp_path, mo
     else:
         file.rename(tmp_path / "elsewhere")
         os.mkfifo(file) if belongs == "pipe" else file.symlink_to(tmp_path / "elsewhere")
+    assert open_decoder(b"weights", 2, tmp_path, build=False) is None
     build(tmp_path)
     assert len(build.models) == 2
 
@@ -523,12 +608,19 @@ def test_where_nothing_can_be_kept_it_is_said_and_it_speaks(build, tmp_path, mon
     assert "No space left" in caplog.text
 
 
-def test_a_kept_decoder_that_does_not_speak_is_forgotten(able_cpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(EmbeddedVoice, "speak", lambda *_: np.zeros(9_000, np.float32))
-    (tmp_path / "decoder-0123456789abcdef.openvino").touch()
-    with pytest.raises(RuntimeError, match="not speech"):
-        EmbeddedEngine(Settings(cache_dir=tmp_path)).load()
-    assert not list(tmp_path.glob("decoder-*"))
+def test_a_kept_decoder_that_does_not_speak_is_forgotten_and_built_again(able_cpu, tmp_path, monkeypatch, build):
+    """What is kept is another model's."""
+    cache = tmp_path / "cache"
+    engine = EmbeddedEngine(Settings(cache_dir=cache, threads=2))
+    build(cache, read_weights())
+    (file,) = cache.iterdir()
+    small = file.read_bytes()
+    monkeypatch.undo()
+    engine.load()
+    assert engine.report()["runtime"] == "onnxruntime"
+    built()
+    assert engine.report() == {"runtime": "openvino"}
+    assert file.read_bytes() != small
 
 
 @pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])

@@ -96,8 +96,8 @@ def test_what_was_given_up_waits_no_more(held):
     assert held.slots.waiting() == 0
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 5
+def wait_until(condition, deadline_s=5):
+    deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -20,7 +20,7 @@ from hearing import pitch_change, pitch_hz
 from serving import Server, decode, pcm
 
 from audio import FORMATS
-from engines import EmbeddedEngine
+from engines import EmbeddedEngine, find_runtime
 from settings import HERE
 from utterances import split_utterances
 
@@ -329,6 +329,38 @@ class TestSignals:
                 assert time.monotonic() < end
         assert report["status"] == "unhealthy"
         assert f"{lexicon}, line 2" in report["message"]
+
+
+@pytest.mark.skipif(find_runtime() != "openvino", reason="this CPU has one runtime only, which nothing is built for")
+class TestFirstStart:
+    """A start that finds no decoder kept from one before."""
+
+    @pytest.fixture
+    def first(self, tmp_path):
+        """Ready, with its decoder in the making."""
+        with Server(tmp_path / "log", TTS_CACHE_DIR=str(tmp_path / "cache")) as running:
+            report = running.wait_until(200)
+            assert (report["runtime"], report["next_runtime"]) == ("onnxruntime", "openvino")
+            yield running
+
+    def test_it_speaks_while_the_faster_decoder_is_built_and_then_on_that(self, first):
+        asked = {"model": "tts-1", "input": "The boats lay still.", "response_format": "pcm"}
+        answers = [first.post(SPEECH, asked)]
+        assert first.wait_until(200)["runtime"] == "onnxruntime", "else this test came too late"
+        assert first.wait_until_ready()["runtime"] == "openvino"
+        answers += [first.post(SPEECH, asked) for _ in range(2)]
+        assert [headers["x-cache"] for _, headers, _ in answers] == ["miss", "miss", "hit"]
+        slow, fast, again = (body for _, _, body in answers)
+        assert fast == again and abs(len(slow) / len(fast) - 1) < 0.05
+        log = first.log.read_text()
+        steps = ("on onnxruntime until", "1 of 2", "2 of 2", "kept in", "speaks on openvino now")
+        assert sorted(steps, key=log.index) == list(steps)
+
+    def test_term_meanwhile_is_heeded_and_what_is_built_is_kept(self, first, tmp_path):
+        first.process.send_signal(signal.SIGTERM)
+        assert first.process.wait(60) == 0
+        assert "SIG" not in first.log.read_text(), "it crashed"
+        assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_nothing_is_written_and_nothing_leaves(server):
