@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self._argv, self._env = argv, os.environ | (env or {})
         self.log = log or RESULTS / "server.log"
-        self.ready_s = 0.0  # from start to ready
+        self.ready_s = self.settled_s = 0.0  # from start to ready, and to the runtime that it stays on
 
     def __enter__(self) -> Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +36,15 @@ class Server:
             self._process = subprocess.Popen(
                 self._argv, env=self._env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        while not is_ready(self.url):
+        while (health := healthy(self.url)) is None or "next_runtime" in health:
             if self._process.poll() is not None or time.perf_counter() - began > START_TIMEOUT_S:
                 self.__exit__()
                 raise RuntimeError(f"{self._argv[0]} did not start; its output is in {self.log}")
+            if health and not self.ready_s:
+                self.ready_s = time.perf_counter() - began
             time.sleep(0.02)
-        self.ready_s = time.perf_counter() - began
+        self.settled_s = time.perf_counter() - began
+        self.ready_s = self.ready_s or self.settled_s
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,15 +61,21 @@ class Server:
         return self._process.pid
 
 
-def is_ready(url: str) -> bool:
-    """Tell whether GET /health answers 200."""
+def healthy(url: str) -> dict[str, Any] | None:
+    """Return what GET /health answers with 200, {} where that is no JSON object; None before."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=5)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        answer = connection.getresponse()
+        if answer.status != 200:
+            return None
+        told = json.loads(answer.read())
+        return told if isinstance(told, dict) else {}
     except OSError:
-        return False
+        return None
+    except ValueError:
+        return {}
     finally:
         connection.close()
 
@@ -110,4 +121,5 @@ def own_server(app: str = "app:create_app()", **settings: str) -> Server:
     argv = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", app]
     # Every request is to be made: some benches send one text again and again.
     env = {"HOST": "127.0.0.1", "PORT": str(port), "TTS_CACHE_BYTES": "0", **settings}
-    return Server(argv, port, env, RESULTS / f"{'-'.join(['server', *settings.values()])}.log")
+    name = "-".join(["server", *(Path(value).name for value in settings.values())])
+    return Server(argv, port, env, RESULTS / f"{name}.log")

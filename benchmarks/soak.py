@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import av
 from client import timeline
-from servers import ROOT, Server, is_ready, leave_on_term, own_server, resident_mb, with_children
+from servers import ROOT, Server, healthy, leave_on_term, own_server, resident_mb, with_children
 from tables import markdown, save
 from texts import PARAGRAPH
 
@@ -191,7 +191,7 @@ def inject(server: Server, until: float, kill_every_s: float, seen: list) -> lis
             next_reload += RELOAD_EVERY_S
         if now > next_kill and now < (began + until) / 2:
             os.kill(worker_pid(server), signal.SIGKILL)
-            while not is_ready(server.url):
+            while healthy(server.url) is None:
                 time.sleep(0.05)
             outages.append(time.monotonic() - now)
             next_kill += kill_every_s
