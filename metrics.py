@@ -34,7 +34,7 @@ class Metrics:
         self.utterances = Counter(
             "speech_utterances", "Utterances by how they came: miss, shared, hit", ["origin"], registry=registry
         )
-        self.errors = Counter("speech_errors", "Requests that failed, by code", ["code"], registry=registry)
+        self.errors = Counter("speech_errors", "Requests that failed in speaking, by code", ["code"], registry=registry)
         self.busy_slots = Gauge(
             "speech_slots_busy", "Utterances in the making: one more than there are slots where a request begins",
             registry=registry,
