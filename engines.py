@@ -178,13 +178,16 @@ class EmbeddedEngine:
 
     def sound_key(self, voice: Voice, options: SynthesisOptions) -> Hashable:
         """Its runtime, styles and gains: it does not sample."""
-        return self._voice.runtime, voice.embedded.model_dump_json()
+        return self._speaking_on, voice.embedded.model_dump_json()
 
     def report(self) -> dict[str, Any]:
         """What the decoder runs on, and what it will once that is built."""
-        later = self._runtime
-        now = self._voice.runtime if self._voice else later
+        now, later = self._speaking_on, self._runtime
         return {"runtime": now} | ({} if now == later else {"next_runtime": later})
+
+    @property
+    def _speaking_on(self) -> Runtime:
+        return self._voice.runtime if self._voice else self._runtime
 
     def synthesize(self, utterance: str, voice: Voice, options: SynthesisOptions) -> AudioChunk:
         """Speak one utterance in the style that the voice has for its language."""
