@@ -48,11 +48,12 @@ def start_figures(starts: int = 3) -> list[Row]:
     """
     first, settled, later = [], [], []
     for _ in range(starts):
-        with TemporaryDirectory() as empty:
-            with own_server(TTS_CACHE_DIR=empty) as server:
+        with TemporaryDirectory() as folder:
+            cache = f"{folder}/first_start"
+            with own_server(TTS_CACHE_DIR=cache) as server:
                 first.append(server.ready_s)
                 settled.append(server.settled_s)
-            with own_server(TTS_CACHE_DIR=empty) as server:
+            with own_server(TTS_CACHE_DIR=cache) as server:
                 later.append(server.ready_s)
     return [
         ["start to ready, s", spread(later), "under 5"],
