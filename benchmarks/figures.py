@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -135,21 +137,15 @@ def underruns_figure(results: list[Result]) -> Row:
 
 
 class Recorder:
-    """Stands in for a half of the network and keeps what it was run with."""
+    """Stands in for a half of the network and writes down each call of it."""
 
-    def __init__(self, half: Any):
-        self._half, self._calls = half, []
+    def __init__(self, half: Any, calls: list[Callable[[], Any]]):
+        self._half, self._calls = half, calls
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         """Run, and remember the call."""
-        call = partial(self._half.run, *arguments, **options)
-        self._calls.append(call)
-        return call()
-
-    def run_again(self) -> None:
-        """Make each of the calls again."""
-        for call in self._calls:
-            call()
+        self._calls.append(partial(self._half.run, *arguments, **options))
+        return self._calls[-1]()
 
 
 def overhead_figure(target: Target, rounds: int = 15) -> Row:
@@ -160,8 +156,8 @@ def overhead_figure(target: Target, rounds: int = 15) -> Row:
     settings = Settings.from_env()
     voice, served = Voices.load(settings.voices_file).resolve(target.voice), EmbeddedEngine(settings)
     engine = EmbeddedVoice(threads=served._threads, runtime=served._runtime)
-    network = engine._network
-    recorders = network._encoder, network._decoder = Recorder(network._encoder), Recorder(network._decoder)
+    network, calls = engine._network, []
+    network._encoder, network._decoder = Recorder(network._encoder, calls), Recorder(network._decoder, calls)
     for utterance in split_utterances(STORY, usual=EmbeddedEngine.usual_syllables):
         engine.speak(utterance.text, voice.embedded.en)
     ratios, audio_s = [], 0.0
@@ -169,17 +165,34 @@ def overhead_figure(target: Target, rounds: int = 15) -> Row:
         sample = speak(replace(target, extra={"seed": 1}), STORY)
         audio_s = sample.audio_s
         began = time.perf_counter()
-        for recorder in recorders:
-            recorder.run_again()
+        for call in calls:
+            call()
         ratios.append(sample.total_s / (time.perf_counter() - began))
     return [f"{audio_s:.0f} s of speech over HTTP, against the bare engine calls", spread(ratios), "at most 1.03"]
 
 
-def first_audio_figures(target: Target, rounds: int = 5) -> list[Row]:
-    """Return when the first sound of a three-sentence paragraph comes, and its share of the whole request."""
-    samples = [speak(target, PARAGRAPH) for _ in range(rounds)]
+def loop_s(_: int) -> float:
+    """Return the seconds that a fixed piece of work takes, some 20 ms of a core."""
+    began = time.perf_counter()
+    sum(range(1_000_000))
+    return time.perf_counter() - began
+
+
+def first_audio_figures(target: Target, rounds: int = 40) -> list[Row]:
+    """Return when the first sound of a three-sentence paragraph comes, and its share of the whole request.
+
+    On a shared host a neighbour's work slows a core that looks idle, up to twice. So a fixed loop runs on all cores
+    before each request, and those that found it within a tenth of its best are counted by themselves too.
+    """
+    cores = os.cpu_count() or 1
+    with ProcessPoolExecutor(cores) as pool:
+        taken = [(max(pool.map(loop_s, range(cores))), speak(target, PARAGRAPH)) for _ in range(rounds)]
+    best = min(slowest for slowest, _ in taken)
+    samples = [sample for _, sample in taken]
+    undisturbed = [sample.first_audio_s for slowest, sample in taken if slowest <= 1.1 * best]
     return [
         ["first 200 ms of a paragraph, s", spread(sample.first_audio_s for sample in samples), "under 0.3, idle cores"],
+        [f"the {len(undisturbed)} of {rounds} for which no core was slow", spread(undisturbed), "under 0.3"],
         ["its share of the request", spread(sample.first_audio_s / sample.total_s for sample in samples), ""],
     ]
 
