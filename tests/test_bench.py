@@ -36,7 +36,7 @@ from client import (
     timeline,
 )
 from cost import REQUEST, Answer
-from figures import long_request
+from figures import long_request, undisturbed
 from peers import OURS, RATIOS, least_lead
 from servers import cpu_s
 from tables import save
@@ -290,6 +290,11 @@ def test_a_percentile_is_taken_of_all_values():
     values = [float(n) for n in range(101)]
     assert [percentile(reversed(values), share) for share in (0, 50, 95, 100)] == [0, 50, 95, 100]
     assert np.isnan(percentile([], 50))
+
+
+def test_what_was_taken_while_a_core_was_slow_is_left_out():
+    taken = [(0.0180, "first"), (0.0170, "second"), (0.0310, "third"), (0.0186, "fourth"), (0.0188, "fifth")]
+    assert undisturbed(taken) == ["first", "second", "fourth"]
 
 
 def test_a_row_has_a_figure_for_every_column():
