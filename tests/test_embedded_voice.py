@@ -1,5 +1,6 @@
 """The embedded engine: weights, styles, long and empty texts, giving up."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -213,6 +214,32 @@ def test_long_texts_at_once_leave_no_memory_for_good_with_the_encoder(voice, mon
         voice.speak(long, "am_onyx")
         left.append(resident_mb() - before)
     assert min(left) < 50 and max(left) < 250, left
+
+
+class Allocated(ctypes.Structure):
+    """What malloc has given out and not had back, in bytes: mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "chunks", "fast", "maps", "mapped", "most", "fast_bytes", "used", "free", "top")
+    ]
+
+
+def allocated_bytes():
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Allocated
+    found = ask()
+    return found.used + found.mapped
+
+
+def test_an_utterance_leaves_no_memory_behind(voice):
+    def speak(times):
+        for _ in range(times):
+            voice.speak("Hi.", "am_onyx")
+        return allocated_bytes()
+
+    before = speak(10)
+    assert speak(50) - before < 50_000  # a kilobyte each; of a day's 50,000 that were 50 MB
 
 
 def test_the_memory_of_a_short_utterance_is_kept_for_the_next_one(voice, monkeypatch):
