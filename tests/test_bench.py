@@ -36,7 +36,7 @@ from client import (
     timeline,
 )
 from cost import REQUEST, Answer
-from figures import long_request, undisturbed
+from figures import long_request, memory_figures, undisturbed
 from peers import OURS, RATIOS, least_lead
 from servers import cpu_s
 from tables import save
@@ -265,6 +265,14 @@ def test_memory_is_watched_over_requests_of_all_lengths_and_languages():
     assert list(resident) == [50, 60] and all(mb > 1 for mb in resident.values())
     assert len(sent) == len(set(sent)) == 60 and len(sent[0]) > 150 and min(map(len, sent)) < 25
     assert [text.isascii() for text in sent[:6]] == [False, True, False] * 2
+
+
+def test_memory_is_compared_once_most_lengths_were_met():
+    assert memory_figures({50: 1000.0, 500: 1060.0, 1000: 1065.0, 2000: 1081.2})[-1][:2] == [
+        "memory, request 2000 against 500",
+        "+2.0%",
+    ]
+    assert memory_figures({50: 1000.0})[-1][1] == "+0.0%"
 
 
 def test_a_long_request_is_hung_up_on_when_the_short_ones_are_done():
