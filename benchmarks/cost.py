@@ -1,6 +1,6 @@
 """The server's own cost: the real service under gunicorn, around an engine that answers at once.
 
-    python benchmarks/cost.py [--seconds 5] [--rounds 3]
+    python benchmarks/cost.py [--seconds 1.5] [--rounds 10]
 
 This process is the load: one thread and raw sockets, so that it takes a small share of one core (shown as well). Each
 client sends its next request when the last one is answered, over one connection, as OpenAI's clients do.
@@ -14,9 +14,11 @@ import selectors
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from client import percentile
+from idle import Taken, both_rows, take
 from servers import cpu_s, leave_on_term, own_server
 from tables import markdown, save, spread
 
@@ -91,21 +93,20 @@ def drive(port: int, pid: int, clients: int, seconds: float) -> Cost:
     return cost
 
 
-def cost_runs(rounds: int, seconds: float) -> dict[int, list[Cost]]:
-    """Measure with 1 and with 16 clients in turns."""
+def cost_runs(rounds: int, seconds: float) -> dict[int, Taken[Cost]]:
+    """Measure with 1 and with 16 clients, so many times so long."""
     with own_server("benchmarks.instant_app:create_app()") as server:
         port = urlsplit(server.url).port
         drive(port, server.pid, 16, 1)  # not counted
-        taken = [drive(port, server.pid, clients, seconds) for _ in range(rounds) for clients in (1, 16)]
-    return {clients: [cost for cost in taken if cost.clients == clients] for clients in (1, 16)}
+        return {clients: take(partial(drive, port, server.pid, clients, seconds), rounds) for clients in (1, 16)}
 
 
-def cost_figures(runs: dict[int, list[Cost]]) -> list[list[str]]:
+def cost_figures(runs: dict[int, Taken[Cost]]) -> list[list[str]]:
     """Return the rows: what, figure, the figure to reach."""
-    alone, crowd = runs[1], runs[16]
+    crowd = [cost for _, cost in runs[16]]
     return [
-        ["own cost of a request, ms", spread(percentile(run.seconds, 50) * 1000 for run in alone), "under 3"],
-        ["own requests a second, 16 clients", spread((run.rate for run in crowd), 0), "over 400"],
+        *both_rows("own cost of a request, ms", runs[1], lambda run: percentile(run.seconds, 50) * 1000, "under 3"),
+        *both_rows("own requests a second, 16 clients", runs[16], lambda run: run.rate, "over 400", digits=0),
         ["own CPU of a request, ms", spread(run.server_cpu_s / len(run.seconds) * 1000 for run in crowd), ""],
         ["share of a core taken by the load", spread(run.load_cpu_s / run.wall_s for run in crowd), ""],
     ]
@@ -114,8 +115,8 @@ def cost_figures(runs: dict[int, list[Cost]]) -> list[list[str]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each run")
+    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     leave_on_term()
     rows = cost_figures(cost_runs(args.rounds, args.seconds))

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +21,7 @@ from typing import Any
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
 from client import Run, Target, ask, closed_loop, connect, speak
 from cost import cost_figures, cost_runs
+from idle import both_rows, take
 from servers import RESULTS, ROOT, Server, leave_on_term, own_server
 from tables import markdown, save, spread
 from texts import LANGUAGES, PARAGRAPH, STORY, Texts
@@ -175,32 +174,13 @@ def overhead_figure(target: Target, rounds: int = 15) -> Row:
     return [f"{audio_s:.0f} s of speech over HTTP, against the bare engine calls", spread(ratios), "at most 1.03"]
 
 
-def loop_s(_: int) -> float:
-    """Return the seconds that a fixed piece of work takes, some 20 ms of a core."""
-    began = time.perf_counter()
-    sum(range(1_000_000))
-    return time.perf_counter() - began
-
-
-def undisturbed(taken: list[tuple[float, Any]]) -> list[Any]:
-    """Return what was taken where the loop before it took no more than a tenth over its best."""
-    best = min(seconds for seconds, _ in taken)
-    return [each for seconds, each in taken if seconds <= 1.1 * best]
-
-
 def first_audio_figures(target: Target, rounds: int = 40) -> list[Row]:
-    """Return when the first sound of a three-sentence paragraph comes, and its share of the whole request.
-
-    On a shared host a neighbour's work slows a core that looks idle, up to twice: a loop before each request tells.
-    """
-    cores = os.cpu_count() or 1
-    with ProcessPoolExecutor(cores) as pool:
-        taken = [(max(pool.map(loop_s, range(cores))), speak(target, PARAGRAPH)) for _ in range(rounds)]
-    samples, quiet = [sample for _, sample in taken], [sample.first_audio_s for sample in undisturbed(taken)]
+    """Return when the first sound of a three-sentence paragraph comes, and its share of the whole request."""
+    taken = take(lambda: speak(target, PARAGRAPH), rounds)
+    shares = [sample.first_audio_s / sample.total_s for _, sample in taken]
     return [
-        ["first 200 ms of a paragraph, s", spread(sample.first_audio_s for sample in samples), ""],
-        [f"the {len(quiet)} of {rounds} with idle cores", spread(quiet), "under 0.3"],
-        ["its share of the request", spread(sample.first_audio_s / sample.total_s for sample in samples), ""],
+        *both_rows("first 200 ms of a paragraph, s", taken, lambda sample: sample.first_audio_s, "under 0.3"),
+        ["its share of the request", spread(shares), ""],
     ]
 
 
@@ -234,7 +214,7 @@ def main() -> None:
     args = parser.parse_args()
     leave_on_term()
     before = machine()
-    rows = [*map(told, start_figures()), *map(told, cost_figures(cost_runs(3, 5)))]
+    rows = [*map(told, start_figures()), *map(told, cost_figures(cost_runs(10, 1.5)))]
     with own_server() as server:
         more, results = server_figures(server, before)
     rows += [*more, *growth_figures(args.growth)]

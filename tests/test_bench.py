@@ -36,7 +36,8 @@ from client import (
     timeline,
 )
 from cost import REQUEST, Answer
-from figures import long_request, memory_figures, undisturbed
+from figures import long_request, memory_figures
+from idle import both_rows, take
 from peers import OURS, RATIOS, least_lead
 from servers import cpu_s
 from tables import save
@@ -300,9 +301,18 @@ def test_a_percentile_is_taken_of_all_values():
     assert np.isnan(percentile([], 50))
 
 
-def test_what_was_taken_while_a_core_was_slow_is_left_out():
-    taken = [(0.0180, "first"), (0.0170, "second"), (0.0310, "third"), (0.0186, "fourth"), (0.0188, "fifth")]
-    assert undisturbed(taken) == ["first", "second", "fourth"]
+def test_what_was_measured_while_a_core_was_slow_is_told_apart():
+    taken = [(0.0180, 2.0), (0.0170, 3.0), (0.0310, 9.0), (0.0186, 4.0), (0.0188, 8.0)]
+    assert both_rows("first sound, s", taken, lambda seconds: seconds / 10, "under 0.3", digits=1) == [
+        ["first sound, s", "0.4 (0.2 to 0.9)", ""],
+        ["first sound, s: the 3 of 5 on idle cores", "0.3 (0.2 to 0.4)", "under 0.3"],
+    ]
+
+
+def test_each_is_measured_after_a_loop_on_the_cores():
+    taken = take(lambda: "measured", rounds=3)
+    assert [what for _, what in taken] == ["measured"] * 3
+    assert all(seconds > 0.001 for seconds, _ in taken)
 
 
 def test_a_row_has_a_figure_for_every_column():
