@@ -9,16 +9,16 @@ client sends its next request when the last one is answered, over one connection
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import selectors
 import socket
 import time
 from dataclasses import dataclass
-from functools import partial
 from urllib.parse import urlsplit
 
 from client import percentile
-from idle import Taken, both_rows, take
+from quiet import Taken, both_rows, take
 from servers import cpu_s, leave_on_term, own_server
 from tables import markdown, save, spread
 
@@ -94,11 +94,13 @@ def drive(port: int, pid: int, clients: int, seconds: float) -> Cost:
 
 
 def cost_runs(rounds: int, seconds: float) -> dict[int, Taken[Cost]]:
-    """Measure with 1 and with 16 clients, so many times so long."""
+    """Measure with 1 and with 16 clients in turns, so many runs of so many seconds each."""
     with own_server("benchmarks.instant_app:create_app()") as server:
         port = urlsplit(server.url).port
         drive(port, server.pid, 16, 1)  # not counted
-        return {clients: take(partial(drive, port, server.pid, clients, seconds), rounds) for clients in (1, 16)}
+        clients = itertools.cycle((1, 16))
+        taken = take(lambda: drive(port, server.pid, next(clients), seconds), 2 * rounds)
+    return {clients: [each for each in taken if each[1].clients == clients] for clients in (1, 16)}
 
 
 def cost_figures(runs: dict[int, Taken[Cost]]) -> list[list[str]]:

@@ -21,7 +21,7 @@ from typing import Any
 from bench import CASE_HEADER, CASE_NOTE, Case, Result, case_row, growth, machine, run_case
 from client import Run, Target, ask, closed_loop, connect, speak
 from cost import cost_figures, cost_runs
-from idle import both_rows, take
+from quiet import both_rows, take
 from servers import RESULTS, ROOT, Server, leave_on_term, own_server
 from tables import markdown, save, spread
 from texts import LANGUAGES, PARAGRAPH, STORY, Texts
@@ -70,7 +70,7 @@ def memory_figures(resident: dict[int, float]) -> list[Row]:
     """
     rows = [[f"memory after {number} requests, MB", f"{mb:.0f}", "under 900"] for number, mb in resident.items()]
     last = max(resident)
-    first = max((number for number in resident if number <= last / 4), default=last)
+    first = max((number for number in resident if number <= last / 4), default=min(resident))
     return [*rows, [f"memory, request {last} against {first}", f"{resident[last] / resident[first] - 1:+.1%}", "flat"]]
 
 
@@ -147,8 +147,9 @@ class Recorder:
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         """Run, and remember the call."""
-        self._calls.append(partial(self._half.run, *arguments, **options))
-        return self._calls[-1]()
+        call = partial(self._half.run, *arguments, **options)
+        self._calls.append(call)
+        return call()
 
 
 def overhead_figure(target: Target, rounds: int = 15) -> Row:

@@ -37,8 +37,8 @@ from client import (
 )
 from cost import REQUEST, Answer
 from figures import long_request, memory_figures
-from idle import both_rows, take
 from peers import OURS, RATIOS, least_lead
+from quiet import both_rows, take
 from servers import cpu_s
 from tables import save
 from texts import LANGUAGES, LINES, SHORT_LINES, Texts
@@ -273,7 +273,7 @@ def test_memory_is_compared_once_most_lengths_were_met():
         "memory, request 2000 against 500",
         "+2.0%",
     ]
-    assert memory_figures({50: 1000.0})[-1][1] == "+0.0%"
+    assert memory_figures({50: 1000.0, 100: 1100.0})[-1][1] == "+10.0%"
 
 
 def test_a_long_request_is_hung_up_on_when_the_short_ones_are_done():
@@ -304,15 +304,30 @@ def test_a_percentile_is_taken_of_all_values():
 def test_what_was_measured_while_a_core_was_slow_is_told_apart():
     taken = [(0.0180, 2.0), (0.0170, 3.0), (0.0310, 9.0), (0.0186, 4.0), (0.0188, 8.0)]
     assert both_rows("first sound, s", taken, lambda seconds: seconds / 10, "under 0.3", digits=1) == [
-        ["first sound, s", "0.4 (0.2 to 0.9)", ""],
-        ["first sound, s: the 3 of 5 on idle cores", "0.3 (0.2 to 0.4)", "under 0.3"],
+        ["first sound, s", "0.4 (0.2 to 0.9)", "under 0.3"],
+        ["first sound, s: the 3 of 5 on quiet cores", "0.3 (0.2 to 0.4)", "under 0.3"],
     ]
 
 
-def test_each_is_measured_after_a_loop_on_the_cores():
-    taken = take(lambda: "measured", rounds=3)
-    assert [what for _, what in taken] == ["measured"] * 3
-    assert all(seconds > 0.001 for seconds, _ in taken)
+def slow_once(core):
+    """A loop that one core takes long for the third time; the pool's processes each keep their own count."""
+    slow_once.times = getattr(slow_once, "times", 0) + 1
+    return 9.0 if slow_once.times == 3 else 1.0 + core / 100
+
+
+def test_a_loop_on_every_core_before_and_after_tells_how_quiet_it_was(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4})
+    numbers = iter(range(5))
+    assert take(lambda: next(numbers), 5, slow_once) == [(1.04, 0), (9.0, 1), (9.0, 2), (1.04, 3), (1.04, 4)]
+
+
+def test_the_slowest_core_counts(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 7})
+    assert take(lambda: "measured", 1, float) == [(7.0, "measured")]
+
+
+def test_the_loop_takes_a_while_on_each_core():
+    assert all(seconds > 0.001 for seconds, _ in take(lambda: "measured", 1))
 
 
 def test_a_row_has_a_figure_for_every_column():
