@@ -10,7 +10,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
 from tables import spread
@@ -30,19 +29,22 @@ def loop_s(core: int) -> float:
     return time.perf_counter() - began
 
 
-def take(measure: Callable[[], T], rounds: int, loop: Callable[[int], float] = loop_s) -> Taken[T]:
-    """Measure so many times, with a loop on every core before the first and after each."""
-    cores = sorted(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(len(cores)) as pool:
+def slowest_core_s() -> float:
+    """Return the loop's seconds on the slowest of this thread's cores, one after the other."""
+    time.sleep(SETTLE_S)
+    cores = os.sched_getaffinity(0)
+    try:
+        return max(map(loop_s, cores))
+    finally:
+        os.sched_setaffinity(0, cores)
 
-        def slowest_s() -> float:
-            time.sleep(SETTLE_S)
-            return max(pool.map(loop, cores))
 
-        loops, measured = [slowest_s()], []
-        for _ in range(rounds):
-            measured.append(measure())
-            loops.append(slowest_s())
+def take(measure: Callable[[], T], rounds: int, probe: Callable[[], float] = slowest_core_s) -> Taken[T]:
+    """Measure so many times, with the loop before the first and after each."""
+    loops, measured = [probe()], []
+    for _ in range(rounds):
+        measured.append(measure())
+        loops.append(probe())
     return list(zip(map(max, itertools.pairwise(loops)), measured, strict=True))
 
 

@@ -38,7 +38,7 @@ from client import (
 from cost import REQUEST, Answer
 from figures import long_request, memory_figures
 from peers import OURS, RATIOS, least_lead
-from quiet import both_rows, take
+from quiet import both_rows, slowest_core_s, take
 from servers import cpu_s
 from tables import save
 from texts import LANGUAGES, LINES, SHORT_LINES, Texts
@@ -309,25 +309,25 @@ def test_what_was_measured_while_a_core_was_slow_is_told_apart():
     ]
 
 
-def slow_once(core):
-    """A loop that one core takes long for the third time; the pool's processes each keep their own count."""
-    slow_once.times = getattr(slow_once, "times", 0) + 1
-    return 9.0 if slow_once.times == 3 else 1.0 + core / 100
+def test_a_loop_before_and_after_tells_how_quiet_it_was():
+    loops, numbers = iter([1.0, 1.0, 9.0, 1.1, 1.0]), iter(range(4))
+    assert take(lambda: next(numbers), 4, lambda: next(loops)) == [(1.0, 0), (9.0, 1), (9.0, 2), (1.1, 3)]
 
 
-def test_a_loop_on_every_core_before_and_after_tells_how_quiet_it_was(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {4})
-    numbers = iter(range(5))
-    assert take(lambda: next(numbers), 5, slow_once) == [(1.04, 0), (9.0, 1), (9.0, 2), (1.04, 3), (1.04, 4)]
+def test_the_loop_is_run_on_every_core_and_the_slowest_counts(monkeypatch):
+    cores, pinned = {1, 7}, []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores)
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, to: pinned.append(set(to)))
+    clock = iter([0.0, 0.2, 1.0, 1.3])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert slowest_core_s() == pytest.approx(0.3)
+    assert sorted(pinned[:2], key=min) == [{1}, {7}] and pinned[2:] == [cores]
 
 
-def test_the_slowest_core_counts(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 7})
-    assert take(lambda: "measured", 1, float) == [(7.0, "measured")]
-
-
-def test_the_loop_takes_a_while_on_each_core():
-    assert all(seconds > 0.001 for seconds, _ in take(lambda: "measured", 1))
+def test_the_loop_takes_a_while_and_leaves_the_cores_as_they_were():
+    before = os.sched_getaffinity(0)
+    assert slowest_core_s() > 0.001
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_row_has_a_figure_for_every_column():
