@@ -48,16 +48,15 @@ def take(measure: Callable[[], T], rounds: int, probe: Callable[[], float] = slo
     return list(zip(map(max, itertools.pairwise(loops)), measured, strict=True))
 
 
-def quiet(taken: Taken[T]) -> list[T]:
-    """Return what was measured while no core was slow."""
-    best = min(seconds for seconds, _ in taken)
-    return [measured for seconds, measured in taken if seconds <= MARGIN * best]
-
-
 def both_rows(what: str, taken: Taken[T], figure: Callable[[T], float], goal: str, digits: int = 2) -> list[list[str]]:
-    """Return the rows of a figure: over all rounds, and over those on quiet cores."""
-    calm = quiet(taken)
+    """Return the rows of a figure: over all rounds, and over those on quiet cores.
+
+    The loop's least time stands beside it: where another run's is less, this one was disturbed all along.
+    """
+    least = min(seconds for seconds, _ in taken)
+    calm = [measured for seconds, measured in taken if seconds <= MARGIN * least]
+    name = f"{what}: the {len(calm)} of {len(taken)} on quiet cores, loop {least * 1000:.1f} ms"
     return [
         [what, spread((figure(measured) for _, measured in taken), digits), goal],
-        [f"{what}: the {len(calm)} of {len(taken)} on quiet cores", spread(map(figure, calm), digits), goal],
+        [name, spread(map(figure, calm), digits), goal],
     ]

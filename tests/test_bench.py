@@ -305,7 +305,7 @@ def test_what_was_measured_while_a_core_was_slow_is_told_apart():
     taken = [(0.0180, 2.0), (0.0170, 3.0), (0.0310, 9.0), (0.0186, 4.0), (0.0188, 8.0)]
     assert both_rows("first sound, s", taken, lambda seconds: seconds / 10, "under 0.3", digits=1) == [
         ["first sound, s", "0.4 (0.2 to 0.9)", "under 0.3"],
-        ["first sound, s: the 3 of 5 on quiet cores", "0.3 (0.2 to 0.4)", "under 0.3"],
+        ["first sound, s: the 3 of 5 on quiet cores, loop 17.0 ms", "0.3 (0.2 to 0.4)", "under 0.3"],
     ]
 
 
