@@ -244,9 +244,14 @@ def test_an_utterance_leaves_no_memory_behind(voice):
     if voice.runtime == "onnxruntime":
         second_session(voice)  # opened beside what is spoken
     before = speak(10)
-    grown, blocks = speak(50) - before
-    assert grown < 10_000  # 200 bytes each: over a day's 50,000 utterances that would be 10 MB
-    assert blocks < 100
+    most = np.array([10_000, 100])  # 200 bytes each: over a day's 50,000 utterances that would be 10 MB
+    for _ in range(6):  # caches fill by ever less; what leaks grows by as much each time
+        after = speak(50)
+        grown = after - before
+        if (grown < most).all():
+            break
+        before = after
+    assert (grown < most).all(), grown
 
 
 def test_the_memory_of_a_short_utterance_is_kept_for_the_next_one(voice, monkeypatch):
