@@ -145,7 +145,8 @@ class EmbeddedEngine:
             if not is_speech(voice.speak("Ready.", "am_onyx")):
                 raise RuntimeError(f"what {voice.runtime} makes is not speech")
         except Exception:
-            forget_builds(self._settings.cache_dir)
+            if voice.runtime == "openvino":
+                forget_builds(self._settings.cache_dir)
             raise
         return voice
 

@@ -623,6 +623,15 @@ def test_a_kept_decoder_that_does_not_speak_is_forgotten_and_built_again(able_cp
     assert file.read_bytes() != small
 
 
+def test_a_kept_decoder_stays_where_onnxruntime_does_not_speak(tmp_path, monkeypatch):
+    kept = tmp_path / "decoder-0.openvino"
+    kept.touch()
+    monkeypatch.setattr(EmbeddedVoice, "speak", lambda *_: np.zeros(9_000))
+    with pytest.raises(RuntimeError, match="onnxruntime makes is not speech"):
+        EmbeddedEngine(Settings(embedded_runtime="onnxruntime", cache_dir=tmp_path)).load()
+    assert kept.exists()
+
+
 @pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])
 def test_it_goes_without_amx_and_with_all_else(flags, most, tmp_path, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
