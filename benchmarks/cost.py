@@ -98,8 +98,8 @@ def cost_runs(rounds: int, seconds: float) -> dict[int, Taken[Cost]]:
     with own_server("benchmarks.instant_app:create_app()") as server:
         port = urlsplit(server.url).port
         drive(port, server.pid, 16, 1)  # not counted
-        clients = itertools.cycle((1, 16))
-        taken = take(lambda: drive(port, server.pid, next(clients), seconds), 2 * rounds)
+        turns = itertools.cycle((1, 16))
+        taken = take(lambda: drive(port, server.pid, next(turns), seconds), 2 * rounds)
     return {clients: [each for each in taken if each[1].clients == clients] for clients in (1, 16)}
 
 
