@@ -335,7 +335,8 @@ class ForOpenVINO(Surgery):
         Each channel is divided by its size, its weights multiplied: so a low one is not lost in a loud one's steps
         (Xiao et al., SmoothQuant, 2023), which with the products in `longer` makes 3 dB less noise.
         A convolution that itself pads by more than it has taps, as most dilated ones do, takes 1.8 times as long with
-        AVX-512: oneDNN has none of its faster routines for that.
+        AVX-512: oneDNN has none of its faster routines for that. With AMX it makes those for each length anew, in
+        seconds and gigabytes.
         """
         low, high, sizes = limits
         step = (high - low) / 255

@@ -17,7 +17,6 @@ from test_scheduling import wait_until
 import embedded_openvino
 import embedded_voice
 import engines
-import quiet_openvino
 import settings
 from app import Speech
 from embedded_graph import attributes_of, decoder_of
@@ -632,14 +631,13 @@ def test_a_kept_decoder_stays_where_onnxruntime_does_not_speak(tmp_path, monkeyp
     assert kept.exists()
 
 
-@pytest.mark.parametrize(("flags", "most"), [("avx512_vnni amx_int8", "AVX512_CORE_VNNI"), ("avx2 avx_vnni", None)])
-def test_it_goes_without_amx_and_with_all_else(flags, most, tmp_path, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(settings, "CPU_INFO", tmp_path / "cpuinfo")
-    importlib.reload(quiet_openvino)
-    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == most
+def test_no_int8_convolution_pads_by_itself():
+    """With AMX, one that does has kernels made for each length anew, in seconds and gigabytes."""
+    nodes = nodes_of(for_openvino(decoder_of(read_weights())))
+    convolutions = [node for node in nodes.values() if node.op_type == "Conv"]
+    quantised = [node for node in convolutions if node.input[1] in nodes]  # weights in steps
+    assert len(quantised) == 50
+    assert not any(any(attributes_of(node).get("pads", [])) for node in quantised)
 
 
 def test_a_ticket_tells_how_long_its_turn_was_waited_for(runtimes):
