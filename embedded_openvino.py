@@ -336,7 +336,7 @@ class ForOpenVINO(Surgery):
         (Xiao et al., SmoothQuant, 2023), which with the products in `longer` makes 3 dB less noise.
         A convolution that itself pads by more than it has taps, as most dilated ones do, takes 1.8 times as long with
         AVX-512: oneDNN has none of its faster routines for that. With AMX it makes those for each length anew, in
-        seconds and gigabytes.
+        seconds and hundreds of megabytes.
         """
         low, high, sizes = limits
         step = (high - low) / 255

@@ -632,7 +632,7 @@ def test_a_kept_decoder_stays_where_onnxruntime_does_not_speak(tmp_path, monkeyp
 
 
 def test_no_int8_convolution_pads_by_itself():
-    """With AMX, one that does has kernels made for each length anew, in seconds and gigabytes."""
+    """With AMX, one that does has kernels made for each length anew, in seconds and hundreds of megabytes."""
     nodes = nodes_of(for_openvino(decoder_of(read_weights())))
     convolutions = [node for node in nodes.values() if node.op_type == "Conv"]
     quantised = [node for node in convolutions if node.input[1] in nodes]  # weights in steps
