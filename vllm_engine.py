@@ -199,7 +199,7 @@ class EngineLoop:
             return
         self._closing.set()
         self._fail("the engine is shut down")
-        if self.voice:
+        if self.voice and self._thread.is_alive():  # one that has ended would never answer
             with contextlib.suppress(Exception):
                 asyncio.run_coroutine_threadsafe(call(self.voice.close), self._loop).result(CLOSE_TIMEOUT_S)
         end_processes(self._processes, CLOSE_TIMEOUT_S)
