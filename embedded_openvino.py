@@ -88,7 +88,7 @@ class OpenVINODecoder:
     def run(self, features: dict[str, np.ndarray], ticket: Ticket, *, keep: bool) -> np.ndarray:
         """Return the samples [n]; raise RuntimeError where the ticket was cancelled before its turn came.
 
-        What has begun, half a second as a rule, with AVX2 alone one to five, is made to its end: a run that OpenVINO
+        What has begun, half a second as a rule, on a slow machine one to five, is made to its end: a run that OpenVINO
         cancels leaves its lengths behind in the graph, and the next one fails over them.
         """
         asked = time.perf_counter()
@@ -335,8 +335,8 @@ class ForOpenVINO(Surgery):
         Each channel is divided by its size, its weights multiplied: so a low one is not lost in a loud one's steps
         (Xiao et al., SmoothQuant, 2023), which with the products in `longer` makes 3 dB less noise.
         A convolution that itself pads by more than it has taps, as most dilated ones do, takes 1.8 times as long with
-        AVX-512: oneDNN has none of its faster routines for that. With AMX it makes those for each length anew, in
-        seconds and hundreds of megabytes.
+        AVX-512: oneDNN has none of its faster routines for that. With AMX, kernels for one that itself pads are made
+        anew for each length, in seconds and hundreds of megabytes.
         """
         low, high, sizes = limits
         step = (high - low) / 255
